@@ -1,0 +1,1 @@
+"""The turn loop between an environment and an engine."""

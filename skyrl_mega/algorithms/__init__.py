@@ -1,0 +1,1 @@
+"""Advantages, losses, KL estimators and reductions: pure tensor maths, no I/O."""

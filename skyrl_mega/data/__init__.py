@@ -1,0 +1,1 @@
+"""Prompts in, packed and balanced training batches out."""

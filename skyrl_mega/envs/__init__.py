@@ -1,0 +1,1 @@
+"""Gymnasium-style text environments and their registry."""

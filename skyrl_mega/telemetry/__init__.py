@@ -1,0 +1,1 @@
+"""What a run says of itself: metrics, trackers, phase timings, progress, plots, benchmark records."""

@@ -1,0 +1,1 @@
+"""What happens to a TrainBatch on the ranks: policy, reference, optimizer."""

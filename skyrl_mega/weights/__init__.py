@@ -1,0 +1,1 @@
+"""Weight versions from the policy to the engines: plan, checksums, transports."""
