@@ -31,7 +31,9 @@ def make_tokenizer():
     return fast
 
 
-def write_tiny_model(path: Path, family: str = "llama", *, tied: bool = True, seed: int = 0, dtype: str = "float32", **overrides) -> Path:
+def write_tiny_model(
+    path: Path, family: str = "llama", *, tied: bool = True, seed: int = 0, dtype: str = "float32", **overrides
+) -> Path:
     """Writes a random 2-layer model of `family` (llama, qwen2, qwen3) and its tokenizer to `path`; returns `path`.
 
     hidden 64, 4 heads, 2 KV heads, head size 16, FFN 128, vocabulary 272 (padded past the tokenizer's 261).

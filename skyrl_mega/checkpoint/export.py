@@ -1,0 +1,43 @@
+"""A checkpoint of a run, written as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skyrl_mega.checkpoint import store
+from skyrl_mega.errors import CheckpointError
+
+
+def export_run(run_dir: str, checkpoint: str, output: str) -> Path:
+    """Writes `checkpoint` (latest, a step or a path) of `run_dir` to the directory `output`; needs no GPU and no engine.
+
+    The layout is the caller's (one process: whole model), not the one that trained. Raises CheckpointError if the run or the
+    checkpoint is not there, or if `output` exists.
+    """
+    from skyrl_mega.config.load import load_saved
+
+    saved = Path(run_dir) / "config.yaml"
+    if not saved.is_file():
+        raise CheckpointError(f"{run_dir} is not a run directory: it has no config.yaml")
+    path = store.find_checkpoint(run_dir, checkpoint)
+    if Path(output).exists():
+        raise CheckpointError(f"{output} exists; name a directory that does not")
+    config = load_saved(saved)
+
+    import torch
+
+    from skyrl_mega.checkpoint.state import load_model
+    from skyrl_mega.config.schema import ParallelConfig
+    from skyrl_mega.models.build import build_model
+    from skyrl_mega.models.hf_io import HFExporter, save_hf
+    from skyrl_mega.parallel.device import resolve_device
+    from skyrl_mega.parallel.topology import init_topology
+
+    topology = init_topology(ParallelConfig(), resolve_device("cpu"), seed=config.trainer.seed)
+    try:
+        model = build_model(config, topology)
+        load_model(path, model)
+        save_hf(HFExporter(model, config.model.path, topology), config.model.path, output, getattr(torch, config.model.dtype))
+    finally:
+        topology.destroy()
+    return Path(output)

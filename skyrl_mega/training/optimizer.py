@@ -1,0 +1,101 @@
+"""AdamW over Megatron's gradient buffers: construction, learning-rate schedule, one guarded step.
+
+On CPU Megatron-Core falls back to torch's AdamW; two of its habits are mended here. Its state is filled at construction, so
+that memory is at its peak before the first step and a checkpoint can be taken (and loaded) before any update. And torch's
+fused CPU kernel is switched on: one pass over memory instead of ten.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from skyrl_mega.config.schema import OptimizerConfig
+from skyrl_mega.errors import NumericsError
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+
+
+def learning_rate(config: OptimizerConfig, update: int) -> float:
+    """The learning rate of optimizer update number `update` (from 0): linear warm-up, then constant."""
+    if update < config.warmup_updates:
+        return config.lr * (update + 1) / config.warmup_updates
+    return config.lr
+
+
+def build_optimizer(
+    config: OptimizerConfig, chunks: list[DistributedDataParallel], *, dtype: torch.dtype, distributed: bool
+) -> MegatronOptimizer:
+    """Megatron's optimizer over `chunks`; every setting of `config` reaches AdamW. All ranks call.
+
+    bfloat16 parameters get float32 masters; `distributed` shards masters and moments over the data-parallel ranks.
+    """
+    import torch
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_grad=config.clip_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+    )
+    # The standard overrides exempt norms and biases from weight decay; Megatron applies none unless asked.
+    optimizer = get_megatron_optimizer(megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config))
+    for inner in torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"] = True
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+    return optimizer
+
+
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    """The torch AdamW instances underneath; empty where TransformerEngine's or Apex's FusedAdam is used."""
+    import torch
+
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    return [part for part in inner if isinstance(part, torch.optim.AdamW)]
+
+
+def step(optimizer: MegatronOptimizer, config: OptimizerConfig, update: int) -> tuple[float, float]:
+    """Clips and applies the accumulated gradients; returns (gradient norm before clipping, learning rate). All ranks call.
+
+    Raises NumericsError, with the weights untouched, if the gradient norm is not finite.
+    """
+    lr = learning_rate(config, update)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    overflow = optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if overflow or not math.isfinite(grad_norm):
+        raise NumericsError(
+            f"the gradient norm of update {update} is {grad_norm}: the step was not applied. The last checkpoint is good; "
+            "lower optimizer.lr, or train in float32 to find the cause."
+        )
+    if config.clip_grad_norm > 0.0:
+        _clip(optimizer, config.clip_grad_norm, grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm, lr
+
+
+def _clip(optimizer: MegatronOptimizer, max_norm: float, grad_norm: float) -> None:
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)

@@ -1,0 +1,211 @@
+"""The trainable policy: a Megatron model in its gradient buffers, its optimizer, and what the loop asks of them.
+
+Both passes, with and without gradient, run through Megatron's own forward-backward schedule, so that every layout it knows
+takes the same way. The loss is scaled by the *global* batch's normalisers before the backward pass; gradients are then only
+summed, over micro-batches and over data-parallel ranks, and nothing is divided afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from skyrl_mega.errors import NumericsError
+from skyrl_mega.training import optimizer as optim
+from skyrl_mega.training.logprobs import head_logprobs, to_device
+from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from skyrl_mega.config.schema import Config
+    from skyrl_mega.parallel.topology import Topology
+
+
+class Policy:
+    """Implements `protocols.PolicyLike`; every method is called by all ranks.
+
+    `num_updates` counts optimizer updates so far (it drives the learning-rate schedule).
+    """
+
+    def __init__(self, config: Config, topology: Topology, model: torch.nn.Module) -> None:
+        import torch
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.distributed import finalize_model_grads as finalize
+
+        from skyrl_mega.models.hf_io import HFExporter
+
+        self.config = config
+        self.topology = topology
+        self.model = model
+        self.num_updates = 0
+        self._exporter = HFExporter(model, config.model.path, topology)
+        distributed = config.parallel.distributed_optimizer
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+        self.ddp = DistributedDataParallel(model.config, ddp_config, model)
+        self.ddp.broadcast_params()
+        self.optimizer = optim.build_optimizer(
+            config.optimizer, [self.ddp], dtype=getattr(torch, config.model.dtype), distributed=distributed
+        )
+        # The loss is already normalised by the global batch, so finalising must not divide by a token count.
+        model.config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize(chunks, None, **groups)
+
+    @classmethod
+    def from_hf(cls, config: Config, topology: Topology) -> Policy:
+        """The policy with the weights of `config.model.path`."""
+        from skyrl_mega.models.build import build_model
+        from skyrl_mega.models.hf_io import load_hf_weights
+
+        model = build_model(config, topology)
+        load_hf_weights(model, config.model.path, topology)
+        return cls(config, topology, model)
+
+    # -- passes ---------------------------------------------------------------------------------------------------------
+
+    def compute_logprobs(self, batch: TrainBatch, *, temperature: float | None = None) -> list[torch.Tensor]:
+        """Log-probabilities of the labels under the current weights: one float32 [T] on CPU per micro-batch.
+
+        At the rollout temperature unless another is given; 0 where loss_mask is False.
+        """
+        return forward_logprobs(self.model, batch, self.config, self.topology, temperature=temperature)
+
+    def train_step(self, batch: TrainBatch) -> Metrics:
+        """One optimizer update over all micro-batches; returns numbers reduced over the global batch.
+
+        A batch in which every advantage is zero changes nothing: no update is made and `update/skipped` is 1.
+        Raises NumericsError, with the weights untouched, if the loss or the gradient norm is not finite.
+        """
+        if not batch.micro_batches:
+            return {"update/skipped": 1.0, "update/samples_skipped": float(batch.num_skipped)}
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = run_schedule(self.ddp, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
+        metrics = self._reduce(outputs)
+        if not metrics["loss/total"] == metrics["loss/total"]:
+            raise NumericsError(f"the loss of update {self.num_updates} is NaN; the step was not applied. Parts: {metrics}")
+        grad_norm, lr = optim.step(self.optimizer, self.config.optimizer, self.num_updates)
+        self.num_updates += 1
+        metrics |= {
+            "update/grad_norm": grad_norm,
+            "update/lr": lr,
+            "update/skipped": 0.0,
+            "update/samples_skipped": float(batch.num_skipped),
+            "packing/padding_fraction": batch.padding_fraction,
+            "packing/imbalance": batch.imbalance,
+            "packing/micro_batches": float(len(batch.micro_batches)),
+        }
+        return metrics
+
+    def _forward_step(self, batch: TrainBatch, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
+        from skyrl_mega.models.build import forward_hidden
+
+        micro_batch = to_device(next(micro_batches), self.topology.device)
+        return forward_hidden(model, micro_batch), partial(self._loss, batch, micro_batch)
+
+    def _loss(self, batch: TrainBatch, micro_batch: MicroBatch, hidden_TH: torch.Tensor) -> tuple:
+        """(objective, token count, statistics): the triple that Megatron's schedule expects of a loss function."""
+        import torch
+
+        from skyrl_mega.algorithms.loss import policy_objective
+        from skyrl_mega.algorithms.policy_losses import LossInputs
+        from skyrl_mega.algorithms.reductions import reduction_weights
+
+        head = head_logprobs(
+            hidden_TH,
+            self.model,
+            micro_batch,
+            self.config,
+            self.topology,
+            temperature=self.config.rollout.temperature,
+            return_entropy=True,
+        )
+        old_logprobs = micro_batch.old_logprobs
+        inputs = LossInputs(
+            logprobs=head.logprobs,
+            # One update per batch: the policy before the update is the policy now.
+            old_logprobs=head.logprobs.detach() if old_logprobs is None else old_logprobs,
+            advantages=micro_batch.advantages,
+            loss_mask=micro_batch.loss_mask,
+            entropy=head.entropy,
+            ref_logprobs=micro_batch.ref_logprobs,
+            rollout_logprobs=micro_batch.rollout_logprobs,
+        )
+        weights_T = reduction_weights(
+            self.config.algorithm.reduction,
+            micro_batch.loss_mask,
+            micro_batch.cu_seqlens,
+            micro_batch.loss_tokens_per_sequence,
+            batch.num_loss_tokens,
+            batch.num_sequences,
+        )
+        objective, stats = policy_objective(self.config.algorithm, inputs, weights_T)
+        return objective, torch.zeros([], dtype=torch.int, device=objective.device), stats
+
+    def _reduce(self, outputs: Sequence[Any]) -> Metrics:
+        """Sums (or maxima) of the micro-batches' statistics over this rank, then over the data-parallel ranks."""
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        for stats in outputs:
+            for name, value in stats.sums.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            for name, value in stats.maxima.items():
+                maxima[name] = max(maxima.get(name, float("-inf")), float(value))
+        reduce = self.topology.all_reduce_metrics
+        return reduce(sums, op="sum", over="dp") | reduce(maxima, op="max", over="dp")
+
+    # -- weights (protocols.WeightSource) -------------------------------------------------------------------------------
+
+    def fused_groups(self) -> Sequence[tuple[str, ...]]:
+        return self._exporter.fused_groups()
+
+    def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._exporter.iter_weights(dtype)
+
+    def save_hf(self, output: str) -> None:
+        """Writes the policy as a Hugging Face directory with the source's config and tokenizer files."""
+        import torch
+
+        from skyrl_mega.models.hf_io import save_hf
+
+        save_hf(self._exporter, self.config.model.path, output, getattr(torch, self.config.model.dtype))
+
+
+def run_schedule(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], forward_step: Any, *, forward_only: bool) -> list:
+    """Megatron's forward-backward schedule over the micro-batches; returns the loss functions' third results."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=max(mb.num_tokens for mb in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def forward_logprobs(
+    model: torch.nn.Module, batch: TrainBatch, config: Config, topology: Topology, *, temperature: float | None = None
+) -> list[torch.Tensor]:
+    """Log-probabilities of the labels without gradient: one float32 [T] on CPU per micro-batch. All ranks call."""
+    import torch
+
+    from skyrl_mega.models.build import forward_hidden
+
+    if not batch.micro_batches:
+        return []
+    used = config.rollout.temperature if temperature is None else temperature
+
+    def forward_step(micro_batches: Iterator[MicroBatch], module: torch.nn.Module) -> tuple:
+        micro_batch = to_device(next(micro_batches), topology.device)
+
+        def collect(hidden_TH: torch.Tensor) -> tuple:
+            head = head_logprobs(hidden_TH, model, micro_batch, config, topology, temperature=used)
+            return hidden_TH, torch.zeros([], dtype=torch.int, device=hidden_TH.device), head.logprobs.cpu()
+
+        return forward_hidden(module, micro_batch), collect
+
+    with torch.no_grad():
+        return run_schedule(model, batch.micro_batches, forward_step, forward_only=True)
