@@ -1,0 +1,156 @@
+"""Packed, balanced micro-batches from samples: the one place that turns token-aligned into label-aligned.
+
+Within a sequence of L tokens, position t predicts token t + 1: `labels[t] = token_ids[t + 1]`, and what was said of token
+t + 1 (loss_mask, rollout_logprobs, advantages) moves to position t. Position L - 1 has no label: mask False, label 0.
+
+The batch is arranged in three steps, by every rank for all ranks: samples go to data-parallel ranks by estimated cost; each
+rank's samples go to micro-batches under the token budget; all ranks then take the largest count of micro-batches any of them
+needs, since their collectives must match. A rank with fewer samples than that runs a tiny padding sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from skyrl_mega.data.balance import ATTENTION_COST, even_bins, first_fit_decreasing, karmarkar_karp, sequence_cost
+from skyrl_mega.data.samples import split_updates, to_samples
+from skyrl_mega.errors import DataError
+from skyrl_mega.types import MicroBatch, TrainBatch, TrainSample
+
+__all__ = ["balance_and_pack", "split_updates", "to_samples", "unpack"]
+
+#: Token of padding sequences: any id that every vocabulary has.
+PADDING_TOKEN = 0
+
+
+def balance_and_pack(
+    samples: Sequence[TrainSample],
+    *,
+    tokens_per_micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    skip_zero_advantage: bool,
+    pad_to_multiple: int = 1,
+    attention_cost: float = ATTENTION_COST,
+) -> TrainBatch:
+    """The TrainBatch of data-parallel rank `dp_rank`: the same arrangement on whichever rank it is computed.
+
+    `samples` are all samples of one update, with advantages. With `skip_zero_advantage`, samples whose advantages are zero
+    at every loss token are left out of compute and still counted in the normalisers; if that is all of them, no rank has a
+    micro-batch. `pad_to_multiple` lengthens each micro-batch by a padding sequence (for sequence parallelism).
+    No communication. Raises DataError for a sample without advantages or longer than the token budget.
+    """
+    if not 0 <= dp_rank < dp_size:
+        raise DataError(f"dp_rank must lie in 0..dp_size - 1, but is {dp_rank} of {dp_size}.")
+    capacity = tokens_per_micro_batch // pad_to_multiple * pad_to_multiple
+    for sample in samples:
+        _check(sample, capacity, tokens_per_micro_batch, pad_to_multiple)
+    computed = [s for s in samples if not (skip_zero_advantage and _is_zero(s))]
+
+    costs = [sequence_cost(s.num_tokens, attention_cost) for s in computed]
+    per_rank = karmarkar_karp(costs, dp_size)
+    bins = _arrange([[computed[i].num_tokens for i in part] for part in per_rank], capacity)[dp_rank]
+    mine = [computed[i] for i in per_rank[dp_rank]]
+    micro_batches = [_pack([mine[i] for i in members], pad_to_multiple) for members in bins]
+
+    rank_costs = [sum(costs[i] for i in part) for part in per_rank]
+    total = sum(m.num_tokens for m in micro_batches)
+    return TrainBatch(
+        micro_batches=micro_batches,
+        num_loss_tokens=sum(s.num_loss_tokens for s in samples),
+        num_sequences=len(samples),
+        num_skipped=len(samples) - len(computed),
+        padding_fraction=1.0 - sum(s.num_tokens for s in mine) / total if total else 0.0,
+        imbalance=1.0 - sum(rank_costs) / dp_size / max(rank_costs) if computed else 0.0,
+    )
+
+
+def _check(sample: TrainSample, capacity: int, tokens_per_micro_batch: int, pad_to_multiple: int) -> None:
+    name = f"sample {sample.sample_index} of group {sample.group_id!r}"
+    if sample.advantages is None or sample.advantages.shape != sample.token_ids.shape:
+        shape = None if sample.advantages is None else tuple(sample.advantages.shape)
+        raise DataError(f"{name} needs advantages of shape [{sample.num_tokens}] before packing, but has {shape}.")
+    if sample.num_tokens > capacity:
+        rounded = f", rounded down to a multiple of {pad_to_multiple}: {capacity}" if pad_to_multiple > 1 else ""
+        enough = -(-sample.num_tokens // pad_to_multiple) * pad_to_multiple
+        raise DataError(
+            f"{name} has {sample.num_tokens} tokens, more than trainer.tokens_per_micro_batch "
+            f"({tokens_per_micro_batch}{rounded}). Raise it to at least {enough}, or lower rollout.max_model_len."
+        )
+
+
+def _is_zero(sample: TrainSample) -> bool:
+    assert sample.advantages is not None  # _check has seen it
+    return not bool(sample.advantages[sample.loss_mask].any())
+
+
+def _arrange(lengths_per_rank: Sequence[Sequence[int]], capacity: int) -> list[list[list[int]]]:
+    """For each rank, its items in bins: the same number of bins on every rank, as even as the capacity allows."""
+    fewest = [first_fit_decreasing(lengths, capacity) for lengths in lengths_per_rank]
+    count = max(len(bins) for bins in fewest)
+    arranged = []
+    for lengths, bins in zip(lengths_per_rank, fewest, strict=True):
+        even = even_bins(lengths, count, capacity)
+        chosen = bins + [[] for _ in range(count - len(bins))] if even is None else even
+        arranged.append(sorted((sorted(members) for members in chosen), key=lambda members: (not members, members)))
+    return arranged
+
+
+def _pack(members: Sequence[TrainSample], pad_to_multiple: int) -> MicroBatch:
+    """One micro-batch of the samples; without any, or where T must be lengthened, a padding sequence at the end."""
+    num_tokens = sum(s.num_tokens for s in members)
+    padding = (-num_tokens) % pad_to_multiple if members else -(-2 // pad_to_multiple) * pad_to_multiple
+    lengths = [s.num_tokens for s in members] + ([padding] if padding else [])
+
+    def joined(pieces: list[torch.Tensor], dtype: torch.dtype, fill: int = 0) -> torch.Tensor:
+        return torch.cat([*(piece.to(dtype) for piece in pieces), torch.full((padding,), fill, dtype=dtype)])
+
+    token_ids = [s.token_ids for s in members]
+    sample_index = [s.sample_index for s in members] + ([-1] if padding else [])
+    loss_tokens = [float(s.num_loss_tokens) for s in members] + ([0.0] if padding else [])
+    return MicroBatch(
+        input_ids=joined(token_ids, torch.int64, PADDING_TOKEN),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        labels=joined([_shifted(ids) for ids in token_ids], torch.int64),
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        loss_mask=joined([_shifted(s.loss_mask) for s in members], torch.bool),
+        rollout_logprobs=joined([_shifted(s.rollout_logprobs) for s in members], torch.float32),
+        advantages=joined([_shifted(_masked_advantages(s)) for s in members], torch.float32),
+        sample_index=torch.tensor(sample_index, dtype=torch.int64),
+        loss_tokens_per_sequence=torch.tensor(loss_tokens, dtype=torch.float32),
+    )
+
+
+def _shifted(values_L: torch.Tensor) -> torch.Tensor:
+    """Token-aligned to label-aligned: entry t is that of token t + 1; the last is 0 (False)."""
+    return torch.cat([values_L[1:], torch.zeros_like(values_L[:1])])
+
+
+def _masked_advantages(sample: TrainSample) -> torch.Tensor:
+    assert sample.advantages is not None  # _check has seen it
+    return torch.where(sample.loss_mask, sample.advantages.float(), 0.0)
+
+
+def unpack(values: Sequence[torch.Tensor], batch: TrainBatch, samples: Sequence[TrainSample]) -> list[torch.Tensor]:
+    """Label-aligned [T] values of each micro-batch as one token-aligned [L] tensor per sample, in the order of `samples`.
+
+    Entry t of a row speaks of token t; entry 0 is 0. The inverse of packing. `samples` are samples of this rank's batch.
+    Raises DataError if shapes do not match, or a sample is not in the batch (it is another rank's, or was skipped).
+    """
+    if len(values) != len(batch.micro_batches):
+        raise DataError(f"{len(values)} tensors of values were given for {len(batch.micro_batches)} micro-batches.")
+    rows: dict[int, torch.Tensor] = {}
+    for values_T, micro_batch in zip(values, batch.micro_batches, strict=True):
+        if values_T.shape != micro_batch.input_ids.shape:
+            raise DataError(f"values have shape {tuple(values_T.shape)}, their micro-batch {tuple(micro_batch.input_ids.shape)}.")
+        bounds = micro_batch.cu_seqlens.tolist()
+        for index, start, end in zip(micro_batch.sample_index.tolist(), bounds[:-1], bounds[1:], strict=True):
+            if index >= 0:
+                rows[index] = torch.cat([torch.zeros_like(values_T[:1]), values_T[start : end - 1]])
+    missing = [s.sample_index for s in samples if s.sample_index not in rows]
+    if missing:
+        raise DataError(f"samples {missing[:8]} are not in this rank's batch, which holds {len(rows)} samples.")
+    return [rows[s.sample_index] for s in samples]
