@@ -83,9 +83,9 @@ class GenerationRequest:
 class Completion:
     """Token ids out, with the log-probability of each as the engine sampled it.
 
-    `logprobs[t]` is log softmax(logits)[token_ids[t]] of the raw logits (before temperature, top-p and top-k), float;
-    `policy_version` is the weight version that sampled every token of it. `text` is the decoded turn, for environments;
-    it is never tokenised again. len(token_ids) == len(logprobs) >= 1.
+    `logprobs[t]` is that of the distribution token t was drawn from: log softmax(logits / temperature)[token_ids[t]], after
+    top-p and top-k where they are on (greedy: temperature 1). `policy_version` is the weight version that sampled every token
+    of it. `text` is the decoded turn, for environments; it is never tokenised again. len(token_ids) == len(logprobs) >= 1.
     """
 
     request_id: str
@@ -174,6 +174,9 @@ class MicroBatch:
     input_ids, position_ids, labels int64 [T]; cu_seqlens int32 [S+1], cu_seqlens[0] == 0, cu_seqlens[-1] == T;
     loss_mask bool [T]; rollout_logprobs, advantages float32 [T]; sample_index int64 [S] (-1 marks a padding sequence, which
     has no loss token); loss_tokens_per_sequence float32 [S]: loss tokens of the *whole* sequence, for sequence means.
+    `prefix_segments` int64 [S], where prompts are shared: the index of the sequence whose tokens this one attends to before
+    its own (a trunk), or -1. A trunk holds a prompt once, without its last token, and has sample_index -1; each branch holds
+    that last token and one response without its last token, so every position of a branch has a label.
     `old_logprobs` and `ref_logprobs` float32 [T] are filled by the passes that compute them; entries where loss_mask is
     False are 0.
     """
@@ -188,6 +191,7 @@ class MicroBatch:
     advantages: torch.Tensor
     sample_index: torch.Tensor
     loss_tokens_per_sequence: torch.Tensor
+    prefix_segments: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
 

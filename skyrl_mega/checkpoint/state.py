@@ -1,33 +1,34 @@
 """The tensors of a checkpoint: model, optimizer and random state, in Megatron's resharding format.
 
 A checkpoint saved by one layout loads into another: Megatron's `dist_checkpointing` stores global tensors and each rank reads
-the parts it needs. The optimizer's moments are stored per parameter ("fully reshardable"). Random states belong to a layout
-and are restored only into the same one.
+the parts it needs. Random states belong to a layout and are restored only into the same one.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl_mega.checkpoint import store
 from skyrl_mega.errors import CheckpointError
-from skyrl_mega.training.optimizer import torch_optimizers
 from skyrl_mega.types import TrainState
 
 if TYPE_CHECKING:
     import torch
 
     from skyrl_mega.parallel.topology import Topology
-    from skyrl_mega.training.policy import Policy
-
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 
-def save(run_dir: str, policy: Policy, state: TrainState, topology: Topology, *, keep_last: int) -> Path:
+class Checkpointed(Protocol):
+    """What is saved: `training.Policy`, as far as a checkpoint sees it. Every method: *all ranks*."""
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any], *, num_updates: int) -> None: ...
+
+
+def save(run_dir: str, policy: Checkpointed, state: TrainState, topology: Topology, *, keep_last: int) -> Path:
     """Writes a complete checkpoint and returns its directory. All ranks call; nothing counts until the final rename."""
     from megatron.core import dist_checkpointing
 
@@ -40,7 +41,7 @@ def save(run_dir: str, policy: Policy, state: TrainState, topology: Topology, *,
     return topology.broadcast_object(final, phase="checkpoint/commit")
 
 
-def load(path: Path, policy: Policy, topology: Topology) -> TrainState:
+def load(path: Path, policy: Checkpointed, topology: Topology) -> TrainState:
     """Restores model, optimizer and (for the same layout) random state from `path`; returns the run's state. All ranks call."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -52,15 +53,9 @@ def load(path: Path, policy: Policy, topology: Topology) -> TrainState:
         loaded = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, OSError) as error:
         raise CheckpointError(f"checkpoint {path} can't be loaded: {error}. Remove it to use an older one.") from error
-    policy.model.load_state_dict(loaded["model"], strict=True)
-    with _torch_adamw_step_kept(policy):
-        policy.optimizer.load_state_dict(loaded["optimizer"])
-    for inner in torch_optimizers(policy.optimizer):
-        for group in inner.param_groups:
-            group["fused"] = True
+    policy.load_state(loaded, num_updates=state.num_optimizer_steps)
     if same_layout:
         _set_rng_state(loaded["rng"])
-    policy.num_updates = state.num_optimizer_steps
     return state
 
 
@@ -78,14 +73,10 @@ def layout(topology: Topology) -> dict[str, int]:
     return {"tensor": topology.tp_size, "pipeline": topology.pp_size, "data": topology.dp_size}
 
 
-def _sharded_state(policy: Policy, topology: Topology, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+def _sharded_state(policy: Checkpointed, topology: Topology, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    model_state = policy.model.sharded_state_dict()
-    state = {
-        "model": model_state,
-        "optimizer": policy.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=_OPTIMIZER_FORMAT),
-    }
+    state = policy.sharded_state(loading=loading)
     if with_rng:
         state["rng"] = ShardedObject(
             "rng",
@@ -131,28 +122,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["megatron"])
-
-
-@contextmanager
-def _torch_adamw_step_kept(policy: Policy) -> Iterator[None]:
-    """Lets Megatron restore the moments of torch's AdamW.
-
-    `DistributedOptimizer` copies every entry of a parameter's state from the checkpoint, and torch's AdamW, unlike the fused
-    Adams it was written for, keeps its step count there; the checkpoint holds that count once, in the parameter groups.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    parts = [part for part in policy.optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
-    for part in parts if torch_optimizers(policy.optimizer) else []:
-
-        def set_states(model_param: torch.Tensor, tensors: dict, part: DistributedOptimizer = part) -> None:
-            group, order = part.model_param_group_index_map[model_param]
-            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-            count = state.pop("step")
-            type(part)._set_main_param_and_optimizer_states(part, model_param, tensors)
-            state["step"] = count
-
-        part._set_main_param_and_optimizer_states = set_states
-    yield
-    for part in parts:
-        vars(part).pop("_set_main_param_and_optimizer_states", None)

@@ -182,9 +182,12 @@ class TrainerConfig:
     samples_per_prompt: int = opt(8, "Trajectories sampled from each prompt.")
     updates_per_step: int = opt(1, "Optimizer updates made from one step's trajectories; must divide prompts_per_step.")
     tokens_per_micro_batch: int = opt(4096, "Packed tokens in one forward/backward on one data-parallel rank.")
+    share_prompts: Literal["auto", "on", "off"] = opt(
+        "auto", "Compute a prompt once for all samples of its group (exact); auto: where the attention backend can (sdpa)."
+    )
     max_steps: int = opt(100, "Steps of the loop.")
     max_staleness: int = opt(0, "Weight versions a trajectory may lag behind; 0: synchronous.")
-    seed: int = opt(0, "Seed of prompts, sampling and evaluation.")
+    seed: int = opt(0, "Seed of prompts and sampling.")
     device: Device = opt("auto", "auto: cuda where it exists, else cpu.")
     threads: int = opt(1, "torch threads of each process on CPU; more help only on idle cores.")
     run_dir: str = opt("runs/default", "Everything the run writes goes here.")

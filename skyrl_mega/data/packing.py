@@ -3,26 +3,32 @@
 Within a sequence of L tokens, position t predicts token t + 1: `labels[t] = token_ids[t + 1]`, and what was said of token
 t + 1 (loss_mask, rollout_logprobs, advantages) moves to position t. Position L - 1 has no label: mask False, label 0.
 
-The batch is arranged in three steps, by every rank for all ranks: samples go to data-parallel ranks by estimated cost; each
-rank's samples go to micro-batches under the token budget; all ranks then take the largest count of micro-batches any of them
-needs, since their collectives must match. A rank with fewer samples than that runs a tiny padding sequence.
+The batch is arranged in three steps, by every rank for all ranks: pieces go to data-parallel ranks by estimated cost; each
+rank's pieces go to micro-batches under the token budget; all ranks then take the largest count of micro-batches any of them
+needs, since their collectives must match. A rank with fewer pieces than that runs a tiny padding sequence.
+
+A piece is one sample, or, with shared prompts, the samples of a group that begin with the same prompt (`data.clusters`):
+
+    trunk       p0 p1 ... p(n-2)                      no labels
+    branch i    p(n-1) r0 r1 ... r(m-2)               labels r0 r1 ... r(m-1), attends to the trunk and to itself
+
+A group of G samples with prompt length n and responses of length m costs n - 1 + G m tokens instead of G (n + m).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from skyrl_mega.data.balance import ATTENTION_COST, even_bins, first_fit_decreasing, karmarkar_karp, sequence_cost
+from skyrl_mega.data.balance import ATTENTION_COST, even_bins, first_fit_decreasing, karmarkar_karp
+from skyrl_mega.data.clusters import Cluster, Segment, clusters, padding_segment
 from skyrl_mega.data.samples import split_updates, to_samples
 from skyrl_mega.errors import DataError
 from skyrl_mega.types import MicroBatch, TrainBatch, TrainSample
 
 __all__ = ["balance_and_pack", "split_updates", "to_samples", "unpack"]
-
-#: Token of padding sequences: any id that every vocabulary has.
-PADDING_TOKEN = 0
 
 
 def balance_and_pack(
@@ -32,6 +38,7 @@ def balance_and_pack(
     dp_rank: int,
     dp_size: int,
     skip_zero_advantage: bool,
+    share_prompts: bool = False,
     pad_to_multiple: int = 1,
     attention_cost: float = ATTENTION_COST,
 ) -> TrainBatch:
@@ -39,7 +46,8 @@ def balance_and_pack(
 
     `samples` are all samples of one update, with advantages. With `skip_zero_advantage`, samples whose advantages are zero
     at every loss token are left out of compute and still counted in the normalisers; if that is all of them, no rank has a
-    micro-batch. `pad_to_multiple` lengthens each micro-batch by a padding sequence (for sequence parallelism).
+    micro-batch. `share_prompts` computes a prompt once for the samples of its group; it changes no result, and needs an
+    attention that knows `MicroBatch.prefix_segments`. `pad_to_multiple` lengthens each micro-batch by a padding sequence (for sequence parallelism).
     No communication. Raises DataError for a sample without advantages or longer than the token budget.
     """
     if not 0 <= dp_rank < dp_size:
@@ -49,10 +57,11 @@ def balance_and_pack(
         _check(sample, capacity, tokens_per_micro_batch, pad_to_multiple)
     computed = [s for s in samples if not (skip_zero_advantage and _is_zero(s))]
 
-    costs = [sequence_cost(s.num_tokens, attention_cost) for s in computed]
+    pieces = clusters(computed, capacity) if share_prompts else [Cluster.of_one(sample) for sample in computed]
+    costs = [piece.cost(attention_cost) for piece in pieces]
     per_rank = karmarkar_karp(costs, dp_size)
-    bins = _arrange([[computed[i].num_tokens for i in part] for part in per_rank], capacity)[dp_rank]
-    mine = [computed[i] for i in per_rank[dp_rank]]
+    bins = _arrange([[pieces[i].num_tokens for i in part] for part in per_rank], capacity)[dp_rank]
+    mine = [pieces[i] for i in per_rank[dp_rank]]
     micro_batches = [_pack([mine[i] for i in members], pad_to_multiple) for members in bins]
 
     rank_costs = [sum(costs[i] for i in part) for part in per_rank]
@@ -62,7 +71,7 @@ def balance_and_pack(
         num_loss_tokens=sum(s.num_loss_tokens for s in samples),
         num_sequences=len(samples),
         num_skipped=len(samples) - len(computed),
-        padding_fraction=1.0 - sum(s.num_tokens for s in mine) / total if total else 0.0,
+        padding_fraction=1.0 - sum(piece.num_tokens for piece in mine) / total if total else 0.0,
         imbalance=1.0 - sum(rank_costs) / dp_size / max(rank_costs) if computed else 0.0,
     )
 
@@ -98,40 +107,35 @@ def _arrange(lengths_per_rank: Sequence[Sequence[int]], capacity: int) -> list[l
     return arranged
 
 
-def _pack(members: Sequence[TrainSample], pad_to_multiple: int) -> MicroBatch:
-    """One micro-batch of the samples; without any, or where T must be lengthened, a padding sequence at the end."""
-    num_tokens = sum(s.num_tokens for s in members)
+def _pack(members: Sequence[Cluster], pad_to_multiple: int) -> MicroBatch:
+    """One micro-batch of the pieces; without any, or where T must be lengthened, a padding sequence at the end."""
+    num_tokens = sum(piece.num_tokens for piece in members)
     padding = (-num_tokens) % pad_to_multiple if members else -(-2 // pad_to_multiple) * pad_to_multiple
-    lengths = [s.num_tokens for s in members] + ([padding] if padding else [])
+    segments: list[Segment] = []
+    for piece in members:
+        first = len(segments)
+        segments += [replace(s, prefix=first if s.prefix is not None else None) for s in piece.segments]
+    if padding:
+        segments.append(padding_segment(padding))
+    shares = any(segment.prefix is not None for segment in segments)
 
-    def joined(pieces: list[torch.Tensor], dtype: torch.dtype, fill: int = 0) -> torch.Tensor:
-        return torch.cat([*(piece.to(dtype) for piece in pieces), torch.full((padding,), fill, dtype=dtype)])
+    def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(tensors)
 
-    token_ids = [s.token_ids for s in members]
-    sample_index = [s.sample_index for s in members] + ([-1] if padding else [])
-    loss_tokens = [float(s.num_loss_tokens) for s in members] + ([0.0] if padding else [])
+    lengths = [segment.num_tokens for segment in segments]
     return MicroBatch(
-        input_ids=joined(token_ids, torch.int64, PADDING_TOKEN),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        labels=joined([_shifted(ids) for ids in token_ids], torch.int64),
+        input_ids=joined([s.input_ids for s in segments]),
+        position_ids=joined([torch.arange(s.num_tokens) + s.position for s in segments]),
+        labels=joined([s.labels for s in segments]),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         max_seqlen=max(lengths),
-        loss_mask=joined([_shifted(s.loss_mask) for s in members], torch.bool),
-        rollout_logprobs=joined([_shifted(s.rollout_logprobs) for s in members], torch.float32),
-        advantages=joined([_shifted(_masked_advantages(s)) for s in members], torch.float32),
-        sample_index=torch.tensor(sample_index, dtype=torch.int64),
-        loss_tokens_per_sequence=torch.tensor(loss_tokens, dtype=torch.float32),
+        loss_mask=joined([s.loss_mask for s in segments]),
+        rollout_logprobs=joined([s.rollout_logprobs for s in segments]),
+        advantages=joined([s.advantages for s in segments]),
+        sample_index=torch.tensor([s.sample_index for s in segments], dtype=torch.int64),
+        loss_tokens_per_sequence=torch.tensor([float(s.loss_mask.sum()) for s in segments], dtype=torch.float32),
+        prefix_segments=torch.tensor([-1 if s.prefix is None else s.prefix for s in segments]) if shares else None,
     )
-
-
-def _shifted(values_L: torch.Tensor) -> torch.Tensor:
-    """Token-aligned to label-aligned: entry t is that of token t + 1; the last is 0 (False)."""
-    return torch.cat([values_L[1:], torch.zeros_like(values_L[:1])])
-
-
-def _masked_advantages(sample: TrainSample) -> torch.Tensor:
-    assert sample.advantages is not None  # _check has seen it
-    return torch.where(sample.loss_mask, sample.advantages.float(), 0.0)
 
 
 def unpack(values: Sequence[torch.Tensor], batch: TrainBatch, samples: Sequence[TrainSample]) -> list[torch.Tensor]:
@@ -142,14 +146,17 @@ def unpack(values: Sequence[torch.Tensor], batch: TrainBatch, samples: Sequence[
     """
     if len(values) != len(batch.micro_batches):
         raise DataError(f"{len(values)} tensors of values were given for {len(batch.micro_batches)} micro-batches.")
+    lengths = {s.sample_index: s.num_tokens for s in samples}
     rows: dict[int, torch.Tensor] = {}
     for values_T, micro_batch in zip(values, batch.micro_batches, strict=True):
         if values_T.shape != micro_batch.input_ids.shape:
             raise DataError(f"values have shape {tuple(values_T.shape)}, their micro-batch {tuple(micro_batch.input_ids.shape)}.")
         bounds = micro_batch.cu_seqlens.tolist()
         for index, start, end in zip(micro_batch.sample_index.tolist(), bounds[:-1], bounds[1:], strict=True):
-            if index >= 0:
-                rows[index] = torch.cat([torch.zeros_like(values_T[:1]), values_T[start : end - 1]])
+            if index in lengths:
+                # A whole sample fills its sequence and its last position has no label; a branch speaks of its last tokens.
+                spoken = values_T[start : end - 1] if end - start == lengths[index] else values_T[start:end]
+                rows[index] = torch.cat([values_T.new_zeros(lengths[index] - spoken.numel()), spoken])
     missing = [s.sample_index for s in samples if s.sample_index not in rows]
     if missing:
         raise DataError(f"samples {missing[:8]} are not in this rank's batch, which holds {len(rows)} samples.")

@@ -21,7 +21,7 @@ from skyrl_mega.orchestration.producer import Producer
 from skyrl_mega.orchestration.recorder import Recorder
 from skyrl_mega.training.policy import Policy
 from skyrl_mega.training.reference import ReferenceModel
-from skyrl_mega.types import Metrics, TrainBatch, TrainSample, TrainState, TrajectoryGroup
+from skyrl_mega.types import Metrics, TrainBatch, TrainSample, TrainState, TrajectoryGroup, WeightVersion
 from skyrl_mega.weights.publish import publish
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Parts:
     recorder: Recorder
     state: TrainState
     engine_dtype: torch.dtype
+    share_prompts: bool
     producer: Producer | None = None
     engine: RolloutEngine | None = None
     sink: WeightSink | None = None
@@ -64,7 +65,7 @@ def train(parts: Parts) -> TrainState:
         with recorder.phase("train"):
             updates = [parts.policy.train_step(batch) for batch in batches]
         with recorder.phase("sync"):
-            version = publish(parts.policy, parts.sink, step, parts.engine_dtype)
+            version = push_weights(parts, step)
         metrics = rollout_metrics(groups) | mean_metrics(updates)
         if config.rollout.probe_after_sync:
             with recorder.phase("probe"):
@@ -96,6 +97,7 @@ def pack(parts: Parts, samples: list[TrainSample]) -> TrainBatch:
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
         skip_zero_advantage=algorithm.kl.coef == 0.0 and algorithm.entropy_coef == 0.0,
+        share_prompts=parts.share_prompts,
         pad_to_multiple=topology.tp_size if parts.config.parallel.sequence_parallel else 1,
     )
 
@@ -109,6 +111,12 @@ def fill_logprobs(parts: Parts, batches: list[TrainBatch]) -> None:
         if len(batches) > 1:
             for micro_batch, logprobs in zip(batch.micro_batches, parts.policy.compute_logprobs(batch), strict=True):
                 micro_batch.old_logprobs = logprobs
+
+
+def push_weights(parts: Parts, version: int) -> WeightVersion | None:
+    """Publishes the policy's weights to the engine as `version`; the proof on rank 0, None elsewhere."""
+    bucket_bytes = parts.config.rollout.weight_bucket_mib * 2**20
+    return publish(parts.policy, parts.sink, version, parts.engine_dtype, bucket_bytes=bucket_bytes)
 
 
 def evaluate(parts: Parts, step: int) -> Metrics:

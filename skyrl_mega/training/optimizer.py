@@ -8,7 +8,7 @@ fused CPU kernel is switched on: one pass over memory instead of ten.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skyrl_mega.config.schema import OptimizerConfig
 from skyrl_mega.errors import NumericsError
@@ -51,9 +51,9 @@ def build_optimizer(
     )
     # The standard overrides exempt norms and biases from weight decay; Megatron applies none unless asked.
     optimizer = get_megatron_optimizer(megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config))
+    _use_fused_kernel(torch_optimizers(optimizer))
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
-            group["fused"] = True
             for parameter in group["params"]:
                 inner.state[parameter] = {
                     "step": torch.tensor(0.0),
@@ -71,6 +71,46 @@ def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
     return [part for part in inner if isinstance(part, torch.optim.AdamW)]
 
 
+#: Moments are stored per parameter, so that any layout can load them.
+_CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """The optimizer's part of a Megatron dist checkpoint. All ranks call."""
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=_CHECKPOINT_FORMAT)
+
+
+def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Restores what `sharded_state` described, once it is loaded.
+
+    `DistributedOptimizer` copies every entry of a parameter's state from the checkpoint, and torch's AdamW, unlike the fused
+    Adams it was written for, keeps its step count there; the checkpoint holds that count once, in the parameter groups. So
+    the count is out of the way while a parameter's moments are copied.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    inner = torch_optimizers(optimizer)
+    patched = [
+        part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer) and part.optimizer in inner
+    ]
+    for part in patched:
+
+        def set_states(model_param: torch.Tensor, tensors: dict, part: DistributedOptimizer = part) -> None:
+            group, order = part.model_param_group_index_map[model_param]
+            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+            count = state.pop("step")
+            type(part)._set_main_param_and_optimizer_states(part, model_param, tensors)
+            state["step"] = count
+
+        part._set_main_param_and_optimizer_states = set_states
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        for part in patched:
+            del part._set_main_param_and_optimizer_states
+    _use_fused_kernel(inner)
+
+
 def step(optimizer: MegatronOptimizer, config: OptimizerConfig, update: int) -> tuple[float, float]:
     """Clips and applies the accumulated gradients; returns (gradient norm before clipping, learning rate). All ranks call.
 
@@ -78,7 +118,9 @@ def step(optimizer: MegatronOptimizer, config: OptimizerConfig, update: int) -> 
     """
     lr = learning_rate(config, update)
     for group in optimizer.param_groups:
+        # Megatron leaves the multiplier to its scheduler; without it norms and biases would be decayed too.
         group["lr"] = lr
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     overflow = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if overflow or not math.isfinite(grad_norm):
@@ -90,6 +132,12 @@ def step(optimizer: MegatronOptimizer, config: OptimizerConfig, update: int) -> 
         _clip(optimizer, config.clip_grad_norm, grad_norm)
     optimizer.step_with_ready_grads()
     return grad_norm, lr
+
+
+def _use_fused_kernel(inner: list[torch.optim.AdamW]) -> None:
+    for optimizer in inner:
+        for group in optimizer.param_groups:
+            group["fused"] = True
 
 
 def _clip(optimizer: MegatronOptimizer, max_norm: float, grad_norm: float) -> None:

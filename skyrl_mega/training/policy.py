@@ -7,6 +7,7 @@ summed, over micro-batches and over data-parallel ranks, and nothing is divided 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
 if TYPE_CHECKING:
     import torch
 
+    from skyrl_mega.algorithms.loss import LossStats
     from skyrl_mega.config.schema import Config
     from skyrl_mega.parallel.topology import Topology
 
@@ -82,8 +84,9 @@ class Policy:
         self.optimizer.zero_grad()
         outputs = run_schedule(self.ddp, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
         metrics = self._reduce(outputs)
-        if not metrics["loss/total"] == metrics["loss/total"]:
-            raise NumericsError(f"the loss of update {self.num_updates} is NaN; the step was not applied. Parts: {metrics}")
+        if not math.isfinite(metrics["loss/total"]):
+            parts = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+            raise NumericsError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
         grad_norm, lr = optim.step(self.optimizer, self.config.optimizer, self.num_updates)
         self.num_updates += 1
         metrics |= {
@@ -139,20 +142,30 @@ class Policy:
             batch.num_loss_tokens,
             batch.num_sequences,
         )
-        objective, stats = policy_objective(self.config.algorithm, inputs, weights_T)
-        return objective, torch.zeros([], dtype=torch.int, device=objective.device), stats
+        loss, stats = policy_objective(self.config.algorithm, inputs, weights_T)
+        return loss, torch.zeros([], dtype=torch.int, device=hidden_TH.device), stats
 
-    def _reduce(self, outputs: Sequence[Any]) -> Metrics:
-        """Sums (or maxima) of the micro-batches' statistics over this rank, then over the data-parallel ranks."""
-        sums: dict[str, float] = {}
-        maxima: dict[str, float] = {}
-        for stats in outputs:
-            for name, value in stats.sums.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-            for name, value in stats.maxima.items():
-                maxima[name] = max(maxima.get(name, float("-inf")), float(value))
+    def _reduce(self, outputs: Sequence[LossStats]) -> Metrics:
+        """The statistics of all micro-batches of all data-parallel ranks."""
+        from skyrl_mega.algorithms.loss import mean_stats
+
+        sums = {name: sum(float(out.sums[name]) for out in outputs) for name in outputs[0].sums}
+        maxima = {name: max(float(out.maxima[name]) for out in outputs) for name in outputs[0].maxima}
         reduce = self.topology.all_reduce_metrics
-        return reduce(sums, op="sum", over="dp") | reduce(maxima, op="max", over="dp")
+        return mean_stats(reduce(sums, op="sum")) | reduce(maxima, op="max")
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Model and optimizer as a Megatron dist checkpoint holds them."""
+        model_state = self.model.sharded_state_dict()
+        return {"model": model_state, "optimizer": optim.sharded_state(self.optimizer, model_state, loading=loading)}
+
+    def load_state(self, state: dict[str, Any], *, num_updates: int) -> None:
+        """Restores what `sharded_state(loading=True)` described, once it is loaded."""
+        self.model.load_state_dict(state["model"], strict=True)
+        optim.load_state(self.optimizer, state["optimizer"])
+        self.num_updates = num_updates
 
     # -- weights (protocols.WeightSource) -------------------------------------------------------------------------------
 

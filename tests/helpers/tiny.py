@@ -36,7 +36,7 @@ def write_tiny_model(
 ) -> Path:
     """Writes a random 2-layer model of `family` (llama, qwen2, qwen3) and its tokenizer to `path`; returns `path`.
 
-    hidden 64, 4 heads, 2 KV heads, head size 16, FFN 128, vocabulary 272 (padded past the tokenizer's 261).
+    hidden 64, 4 heads, 2 KV heads, head size 32 (qwen2: 16), FFN 128, vocabulary 272 (padded past the tokenizer's 261).
     Weights are scaled up so that the distribution is far from uniform and a wrong tensor shows.
     """
     import torch
@@ -58,7 +58,7 @@ def write_tiny_model(
     )
     config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
     if family != "qwen2":
-        settings["head_dim"] = 16
+        settings["head_dim"] = 32  # the smallest that vLLM has CPU attention kernels for
     settings.update(overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_class(**settings), dtype=torch.float32)

@@ -1,0 +1,101 @@
+"""Runs a function on several ranks, each in a process of its own, and brings the results or the tracebacks back."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def free_port() -> int:
+    """A TCP port of this host that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """What `fn(rank, *args)` returned, in the order of the ranks.
+
+    Every rank is a fresh process with the environment that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
+    and one torch thread. `fn` must be a module-level function; arguments and results must pickle (return numpy arrays or CPU
+    tensors). Raises AssertionError with the traceback of each rank that failed, and with the stacks of the ranks still running
+    at the deadline. As soon as one rank has failed the others get 10 seconds to fail by themselves.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        processes = [
+            context.Process(target=_run_one, args=(fn, rank, world_size, port, folder, timeout_s, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        late = _wait(processes, timeout_s)
+        reports = [_report(Path(folder), rank, process.exitcode, rank in late) for rank, process in enumerate(processes)]
+    problems = [text for status, text in reports if status == "failed"]
+    assert not problems, f"{len(problems)} of {world_size} ranks failed\n" + "\n".join(problems)
+    return [value for _, value in reports]
+
+
+def _wait(processes: list[Any], timeout_s: float) -> set[int]:
+    """Waits for the ranks; ends those that are left at the deadline and returns their numbers."""
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + 10)
+        time.sleep(0.05)
+    late = {rank for rank, process in enumerate(processes) if process.is_alive()}
+    for rank in late:
+        processes[rank].kill()
+    for process in processes:
+        process.join()
+    return late
+
+
+def _report(folder: Path, rank: int, exitcode: int | None, late: bool) -> tuple[str, Any]:
+    """("ok", value) or ("failed", text) from the files that the rank left."""
+    result = folder / f"{rank}.pkl"
+    if result.exists() and not late:
+        status, value = pickle.loads(result.read_bytes())
+        return (status, value) if status == "ok" else (status, f"--- rank {rank} ---\n{value}")
+    stacks = (folder / f"{rank}.stacks").read_text() if (folder / f"{rank}.stacks").exists() else ""
+    why = "was still running at the deadline" if late else f"died with exit code {exitcode}"
+    return "failed", f"--- rank {rank} {why} ---\n{stacks}"
+
+
+def _run_one(fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, timeout_s: float, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    with open(f"{folder}/{rank}.stacks", "w") as stacks:
+        faulthandler.dump_traceback_later(max(timeout_s - 2, 1), file=stacks)
+        try:
+            outcome = pickle.dumps(("ok", fn(rank, *args)))
+            code = 0
+        except BaseException:  # noqa: BLE001 - whatever ended the rank is what the test wants to see
+            outcome = pickle.dumps(("failed", traceback.format_exc()))
+            code = 1
+        faulthandler.cancel_dump_traceback_later()
+    temporary = Path(folder) / f"{rank}.tmp"
+    temporary.write_bytes(outcome)
+    temporary.rename(Path(folder) / f"{rank}.pkl")
+    # A rank whose peer died may hang in the destructors of its process groups: leave at once, the result is written.
+    os._exit(code)
