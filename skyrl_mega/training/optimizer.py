@@ -108,6 +108,10 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     finally:
         for part in patched:
             del part._set_main_param_and_optimizer_states
+    for adamw in inner:
+        for state_of_one in adamw.state.values():
+            # Megatron gives all parameters one and the same step tensor; AdamW adds 1 to it for each of them.
+            state_of_one["step"] = state_of_one["step"].clone()
     _use_fused_kernel(inner)
 
 

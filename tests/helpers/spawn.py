@@ -34,7 +34,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
-            context.Process(target=_run_one, args=(fn, rank, world_size, port, folder, timeout_s, args), daemon=True)
+            context.Process(target=_run_one, args=(fn, rank, world_size, port, folder, timeout_s, args), daemon=False)
             for rank in range(world_size)
         ]
         for process in processes:

@@ -1,0 +1,239 @@
+"""A trainable policy: Megatron-Core's GPT model of a Hugging Face architecture, whose forward returns hidden states.
+
+The loss never needs all the logits at once, so the model stops before the LM head: training computes log-probabilities from
+`hidden_TH` and `output_weight(model)` in chunks. Shape letters: T packed tokens, H hidden size, V local vocabulary rows.
+
+Gradients of hidden states. Every tensor rank gets the same [T, H] hidden states and must bring back the same, complete [T, H]
+gradient (a vocabulary-parallel head therefore sums its gradient over `topology.tp_group`). The backward of the sequence-parallel
+gather then takes this rank's rows of it, without another sum.
+
+Vocabulary. Megatron splits the embedding evenly over tensor ranks, so the padded vocabulary is the next multiple of the tensor
+size; no further padding is added. Padded rows are zero and belong to no token: `vocab_range` says which local rows are real.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from skyrl_mega.config.schema import Config
+from skyrl_mega.errors import ConfigError
+from skyrl_mega.models.attention import PackedSequences, choose_backend
+from skyrl_mega.models.families import Architecture, inverse_frequencies, padded_vocab_size, read_architecture
+from skyrl_mega.models.layers import block_spec, transformer_engine_layers_available
+from skyrl_mega.models.shared_prompts import SharedPromptLayout
+from skyrl_mega.parallel.device import install_megatron_cpu_shim
+from skyrl_mega.parallel.topology import Topology
+from skyrl_mega.types import MicroBatch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class PolicyModel(GPTModel):
+    """Megatron-Core's GPTModel over packed sequences; `forward` returns hidden states.
+
+    `vocab_size` counts the real tokens, `padded_vocab_size` the rows over all tensor ranks. `implementation` says which layers
+    and which attention run ("torch" or "transformer_engine"; "sdpa", "flash" or "transformer_engine").
+    """
+
+    def __init__(
+        self, config: TransformerConfig, architecture: Architecture, device: torch.device, attention_backend: str
+    ) -> None:
+        padded = padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size)
+        super().__init__(
+            config,
+            block_spec(config, device, attention_backend),
+            vocab_size=padded,
+            max_sequence_length=architecture.max_positions,
+            # Megatron's rotary module knows fewer kinds than Hugging Face configs have; ours is three lines in `_rotary`.
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=architecture.tied,
+            parallel_output=True,
+        )
+        self.architecture = architecture
+        self.vocab_size = architecture.vocab_size
+        self.padded_vocab_size = padded
+        layers = "transformer_engine" if transformer_engine_layers_available(device) else "torch"
+        self.implementation = {"layers": layers, "attention": attention_backend}
+        # A plain attribute: a buffer would follow the model into bfloat16, where positions above 256 lose their value.
+        self._inv_freq = inverse_frequencies(architecture).to(device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        prefix_segments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, [T, H] in the model's dtype, the same on every tensor rank. *All tensor ranks.*
+
+        input_ids, position_ids int64 [T]; cu_seqlens int32 [S+1]; position_ids count from 0 in each sequence
+        (a branch on a shared prompt goes on counting); prefix_segments int64 [S] as in MicroBatch. Differentiable.
+        """
+        num_tokens = input_ids.size(0)
+        if self.config.sequence_parallel:
+            input_ids, position_ids, cu_seqlens = self._pad_to_tensor_ranks(input_ids, position_ids, cu_seqlens)
+        shared = None if prefix_segments is None else SharedPromptLayout(cu_seqlens, prefix_segments)
+        packed = PackedSequences(cu_seqlens, max_seqlen, shared)
+        hidden = self.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary(position_ids),
+            packed_seq_params=packed,
+        )
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden.squeeze(1)[:num_tokens]
+
+    def _rotary(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """The angle of each token and each rotated pair, float32 [T, 1, 1, head_dim], halves repeated as in Llama's code."""
+        angles = torch.outer(position_ids.float(), self._inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+    def _pad_to_tensor_ranks(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Adds one sequence of zeros, cut off again at the end, where T doesn't divide by the tensor ranks."""
+        missing = -input_ids.size(0) % self.config.tensor_model_parallel_size
+        if not missing:
+            return input_ids, position_ids, cu_seqlens
+        input_ids = F.pad(input_ids, (0, missing))
+        position_ids = torch.cat([position_ids, torch.arange(missing, device=position_ids.device)])
+        return input_ids, position_ids, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
+
+
+def build_model(config: Config, topology: Topology) -> PolicyModel:
+    """The policy of `config.model.path` with its parameters allocated on this rank's device, not yet filled. *All ranks.*
+
+    Fill it with `hf_io.load_hf_weights` or a checkpoint. Raises ModelLoadError (the model is not supported), ConfigError (the
+    layout does not fit it), BackendUnavailableError (the attention asked for can't run here).
+    """
+    install_megatron_cpu_shim()
+    architecture = read_architecture(config.model.path)
+    _check_layout(architecture, topology)
+    dtype = DTYPES[config.model.dtype]
+    backend = choose_backend(config.model.attention, topology.device, dtype)
+    model = PolicyModel(transformer_config(architecture, config, topology), architecture, topology.device, backend)
+    model = model.to(topology.device)
+    for parameter in model.parameters():
+        # Megatron's gradient norm counts a parameter once over tensor ranks by these attributes.
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return model
+
+
+def transformer_config(architecture: Architecture, config: Config, topology: Topology) -> TransformerConfig:
+    """Megatron's configuration of the architecture in this layout."""
+    a, dtype = architecture, DTYPES[config.model.dtype]
+    recompute: dict[str, Any] = {}
+    if config.model.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        num_attention_heads=a.num_heads,
+        num_query_groups=a.num_kv_heads,
+        kv_channels=a.head_dim,
+        ffn_hidden_size=a.ffn_size,
+        layernorm_epsilon=a.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=a.qkv_bias,
+        qk_layernorm=a.qk_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        context_parallel_size=topology.cp_size,
+        sequence_parallel=config.parallel.sequence_parallel and topology.tp_size > 1,
+        use_cpu_initialization=topology.device.type == "cpu",
+        # Weights always come from a file; initialising is still switched on, because Megatron marks there how each is split.
+        init_method=_leave_unfilled,
+        output_layer_init_method=_leave_unfilled,
+        embedding_init_method=_leave_unfilled,
+        # Losses are sums over tokens divided by the global token count. DDP reads this when it is built: set later, gradients of
+        # data-parallel ranks would be averaged on top.
+        calculate_per_token_loss=True,
+        # Fused kernels need CUDA extensions (apex, TransformerEngine) or torch.compile at the first call; torch runs without.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        cuda_graph_scope=[],  # unused; Megatron's own default warns that it is deprecated
+        **recompute,
+    )
+
+
+def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _check_layout(architecture: Architecture, topology: Topology) -> None:
+    if topology.pp_size > 1 or topology.cp_size > 1:
+        raise ConfigError(
+            f"`parallel.pipeline` ({topology.pp_size}) and `parallel.context` ({topology.cp_size}) must be 1: packed policies "
+            "are built for tensor and data parallelism so far."
+        )
+    counts = {
+        "attention heads": architecture.num_heads,
+        "KV heads": architecture.num_kv_heads,
+        "feed-forward size": architecture.ffn_size,
+    }
+    for what, count in counts.items():
+        if count % topology.tp_size:
+            raise ConfigError(
+                f"`parallel.tensor` ({topology.tp_size}) must divide the model's {what} ({count}); choose a divisor of {count}."
+            )
+
+
+def unwrap(model: torch.nn.Module) -> PolicyModel:
+    """The PolicyModel inside Megatron's wrappers (DDP)."""
+    while not isinstance(model, PolicyModel):
+        model = model.module
+    return model
+
+
+def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """Hidden states [T, H] of a micro-batch, through `model` or its DDP wrapper; moves the inputs to the model's device.
+
+    *All tensor ranks.* See `PolicyModel.forward`.
+    """
+    device = output_weight(model).device
+    return model(
+        input_ids=micro_batch.input_ids.to(device),
+        position_ids=micro_batch.position_ids.to(device),
+        cu_seqlens=micro_batch.cu_seqlens.to(device),
+        max_seqlen=micro_batch.max_seqlen,
+        prefix_segments=micro_batch.prefix_segments,
+    )
+
+
+def output_weight(model: torch.nn.Module) -> torch.nn.Parameter:
+    """The LM head's rows on this tensor rank, [V_local, H]: the embedding itself where the model ties them."""
+    policy = unwrap(model)
+    if policy.share_embeddings_and_output_weights:
+        return policy.shared_embedding_or_output_weight()
+    return policy.output_layer.weight
+
+
+def vocab_range(model: torch.nn.Module) -> tuple[int, int]:
+    """(start, end_valid): this rank's head rows are the tokens start, start + 1, ...; rows from end_valid on are padding.
+
+    `end_valid - start` is the number of real local rows (0 where the whole shard is padding).
+    """
+    policy = unwrap(model)
+    rows = output_weight(model).size(0)
+    start = policy.pg_collection.tp.rank() * rows
+    return start, max(start, min(start + rows, policy.vocab_size))

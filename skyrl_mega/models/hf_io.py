@@ -1,0 +1,318 @@
+"""Weights from a Hugging Face directory into a policy, and back out, every tensor accounted for.
+
+mbridge maps names and layouts (q, k, v interleaved by group into `linear_qkv`; gate and up into `linear_fc1`; tensor-parallel
+splits). This module streams the files, checks that file and model hold exactly the same tensors, and writes directories that
+transformers and vLLM load. An untouched policy exports bit for bit what was loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from skyrl_mega.errors import CheckpointError, ModelLoadError
+from skyrl_mega.models.build import PolicyModel, unwrap
+from skyrl_mega.models.families import Architecture, hf_tensor_shapes, read_hf_config
+from skyrl_mega.parallel.topology import Topology
+
+FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
+INDEX_FILE = "model.safetensors.index.json"
+TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+MAX_SHARD_BYTES = 2_000_000_000
+#: Files of a model directory that stay true whatever its weights are.
+COPIED = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a checkpoint directory, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load_hf_weights(model: torch.nn.Module, path: str | Path, topology: Topology) -> None:
+    """Fills the policy from the safetensors of `path`, cast to the model's dtype. *All ranks.*
+
+    Streams: one tensor is in memory at a time; tensor rank 0 of each replica reads and scatters. A `lm_head.weight` beside tied
+    embeddings is accepted if it equals them. Raises ModelLoadError, on every rank and before anything is loaded, with the
+    names of all tensors that are missing, left over, of the wrong shape, or not floating point.
+    """
+    policy = unwrap(model)
+    stored = read_headers(path)
+    _check_tensors(policy.architecture, stored, path)
+    bridge = _make_bridge(policy, path)
+    names = list(itertools.chain.from_iterable(_hf_names(bridge, name) for name, _ in policy.named_parameters()))
+    _check_mapping(policy.architecture, names)
+    with torch.no_grad(), topology.deadline(f"loading weights from {path}"):
+        bridge.load_weights([policy], str(path), memory_efficient=True)
+
+
+def read_headers(path: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint directory, by name; reads headers only. Raises ModelLoadError."""
+    stored: dict[str, StoredTensor] = {}
+    for file in _weight_files(Path(path)):
+        for name, tensor in _file_headers(file).items():
+            if name in stored:
+                raise ModelLoadError(f"{path}: {name} is in {stored[name].file.name} and in {file.name}; keep one of them.")
+            stored[name] = tensor
+    return stored
+
+
+def _file_headers(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            return {name: StoredTensor(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+    except SafetensorError as error:
+        raise ModelLoadError(f"{file} can't be read: {error}; finish the download or the copy.") from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / INDEX_FILE
+    if index.is_file():
+        files = sorted(path / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ModelLoadError(f"{index} names files that are not there: {', '.join(absent)}; finish the download or the copy.")
+        return files
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelLoadError(
+            f"{path} has no *.safetensors; other formats are not read. Save the model with transformers' save_pretrained first."
+        )
+    return files
+
+
+def _check_tensors(architecture: Architecture, stored: dict[str, StoredTensor], path: str | Path) -> None:
+    expected = hf_tensor_shapes(architecture)
+    problems = [f"missing: {name} {expected[name]}" for name in expected if name not in stored]
+    for name, tensor in stored.items():
+        if name in expected and tensor.shape != expected[name]:
+            problems.append(f"wrong shape: {name} is {tensor.shape}, config.json asks for {expected[name]}")
+        elif name in expected and tensor.dtype not in FLOAT_TYPES:
+            problems.append(f"not floating point: {name} is {tensor.dtype}")
+        elif name not in expected and not _may_stay(name, architecture, stored, problems):
+            problems.append(f"unexpected: {name} {tensor.shape}")
+    if problems:
+        raise ModelLoadError(
+            f"{path}: weights and config.json do not fit ({len(problems)} problems):\n  " + "\n  ".join(problems)
+        )
+
+
+def _may_stay(name: str, architecture: Architecture, stored: dict[str, StoredTensor], problems: list[str]) -> bool:
+    """True for tensors beyond the architecture's that change nothing: a tied head's copy, and rotary frequencies of old files."""
+    if name.endswith(".self_attn.rotary_emb.inv_freq"):
+        return True
+    if name != TIED_HEAD or not architecture.tied or EMBEDDING not in stored:
+        return False
+    if not torch.equal(_read(stored, TIED_HEAD), _read(stored, EMBEDDING)):
+        problems.append(f"{TIED_HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true: set it to false")
+    return True
+
+
+def _read(stored: dict[str, StoredTensor], name: str) -> torch.Tensor:
+    with safe_open(stored[name].file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def _check_mapping(architecture: Architecture, names: Sequence[str]) -> None:
+    """Guards the seam to mbridge: the names it maps the model's parameters to must be the architecture's tensors, each once."""
+    expected = hf_tensor_shapes(architecture)
+    if sorted(names) != sorted(expected):
+        wrong = sorted(set(names) ^ set(expected)) or [name for name in expected if names.count(name) != 1]
+        raise ModelLoadError(f"mbridge maps this {architecture.family} model to other tensors than its config has: {wrong}.")
+
+
+def _make_bridge(policy: PolicyModel, path: str | Path) -> Any:
+    """mbridge's bridge for the model: maps names and layouts only; the model itself is ours."""
+    from mbridge import AutoBridge
+
+    a = policy.architecture
+    hf_config = read_hf_config(path)
+    hf_config.head_dim = a.head_dim
+    dtype = next(policy.parameters()).dtype
+    bridge = AutoBridge.from_config(hf_config, dtype=dtype)
+    # mbridge notes a tied head in a dictionary of the class: a tied Qwen would redirect the head of every later untied one.
+    head = EMBEDDING if a.tied else TIED_HEAD
+    bridge._DIRECT_MAPPING = {**bridge._DIRECT_MAPPING, "output_layer.weight": head}
+    if policy.padded_vocab_size != policy.vocab_size:
+        bridge.make_vocab_size_divisible_by = policy.config.tensor_model_parallel_size
+        bridge.vocab_size, bridge.padded_vocab_size = policy.vocab_size, policy.padded_vocab_size
+    return bridge
+
+
+def _hf_names(bridge: Any, name: str) -> list[str]:
+    """The Hugging Face tensors of one parameter. With one pipeline stage local and global layer numbers are the same."""
+    return bridge._weight_name_mapping_mcore_to_hf(name)
+
+
+class HFExporter:
+    """The policy's weights under Hugging Face names (a `WeightSource`).
+
+    `hf_path` is the directory the model was built from. Order: the model's own parameter order, the same in every call.
+    """
+
+    def __init__(self, model: torch.nn.Module, hf_path: str | Path, topology: Topology) -> None:
+        self._policy = unwrap(model)
+        self.topology = topology
+        self._bridge = _make_bridge(self._policy, hf_path)
+        self._groups = self._find_groups()
+        _check_mapping(self._policy.architecture, self.names())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every exported tensor."""
+        return hf_tensor_shapes(self._policy.architecture)
+
+    def names(self) -> list[str]:
+        """Names in export order."""
+        return list(itertools.chain.from_iterable(self._groups))
+
+    def fused_groups(self) -> Sequence[tuple[str, ...]]:
+        """Names that must travel together, in export order: q, k, v (with their biases), and gate, up; others are alone."""
+        return self._groups
+
+    def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """*All ranks, to the end.* (name, full contiguous tensor in `dtype`), gathered over tensor ranks, one at a time.
+
+        The tensor may share memory with a parameter and is valid until the next one is asked for: copy it to keep it, never write
+        to it. Raises DeadlineError.
+        """
+        weights = self._bridge.export_weights([self._policy])
+        while True:
+            # Not around the whole loop: the consumer's code between two tensors runs in its own grad mode.
+            with torch.no_grad(), self.topology.deadline("exporting weights"):
+                item = next(weights, None)
+                if item is None:
+                    return
+                tensor = item[1].detach().to(dtype).contiguous()
+            yield item[0], tensor
+
+    def _find_groups(self) -> list[tuple[str, ...]]:
+        def module_of(pair: tuple[str, list[str]]) -> str:
+            name, hf_names = pair
+            return name.rpartition(".")[0] if len(hf_names) > 1 else name
+
+        mapped = [(name, _hf_names(self._bridge, name)) for name, _ in self._policy.named_parameters()]
+        return [
+            tuple(itertools.chain.from_iterable(hf_names for _, hf_names in pairs))
+            for _, pairs in itertools.groupby(mapped, key=module_of)
+        ]
+
+
+def save_hf(
+    exporter: HFExporter,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the policy as a Hugging Face directory that transformers and vLLM load. *All ranks*; rank 0 writes.
+
+    Shards of at most `max_shard_bytes` (a larger single tensor gets its own), one in memory at a time; config.json, tokenizer and
+    generation settings from `source_dir`. Atomic: written beside `out_dir` and renamed to it at the end, replacing a directory of
+    that name. Raises CheckpointError, on every rank, if the files can't be written.
+    """
+    weights = exporter.iter_weights(dtype)
+    failure = ""
+    if exporter.topology.is_main:
+        try:
+            _write_directory(weights, exporter, Path(source_dir), Path(out_dir), dtype, max_shard_bytes)
+        except (OSError, SafetensorError) as error:
+            failure = f"The Hugging Face export to {out_dir} failed: {error}. Free space or choose another directory, then retry."
+    for _ in weights:
+        pass  # the gathers of the export need every rank to the end, also after a failure of rank 0
+    failure = exporter.topology.broadcast_object(failure, "saving the Hugging Face export")
+    if failure:
+        raise CheckpointError(failure)
+
+
+def _write_directory(
+    weights: Iterator[tuple[str, torch.Tensor]], exporter: HFExporter, source: Path, target: Path, dtype: torch.dtype, limit: int
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _write_shards(weights, _plan_shards(exporter, dtype.itemsize, limit), scratch)
+        for pattern in COPIED:
+            for file in sorted(source.glob(pattern)):
+                shutil.copyfile(file, scratch / file.name)
+        _write_config(source, scratch, dtype)
+        _open_permissions(scratch)
+        if target.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, aside)
+            os.replace(scratch, target)
+            shutil.rmtree(aside)
+        else:
+            os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open_permissions(folder: Path) -> None:
+    """What the umask would have given: temporary directories and safetensors files are made private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+
+
+def _plan_shards(exporter: HFExporter, itemsize: int, limit: int) -> list[list[str]]:
+    """The names of each shard, in export order."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name in exporter.names():
+        size = torch.Size(exporter.shapes[name]).numel() * itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _write_shards(weights: Iterator[tuple[str, torch.Tensor]], plan: list[list[str]], folder: Path) -> None:
+    weight_map: dict[str, str] = {}
+    size_bytes = 0
+    for number, names in enumerate(plan, start=1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        shard = {name: tensor.to("cpu", copy=True) for name, tensor in itertools.islice(weights, len(names))}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+        size_bytes += sum(tensor.nbytes for tensor in shard.values())
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    settings = json.loads((source / "config.json").read_text())
+    # transformers 5 calls the key "dtype", 4 "torch_dtype"; the file keeps the one it came with.
+    key = "torch_dtype" if "torch_dtype" in settings else "dtype"
+    settings[key] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,104 @@
+"""The layers of a policy: TransformerEngine's on CUDA where installed, else plain torch ones under the same parameter names.
+
+TransformerEngine fuses the norm before a projection into the projection, and names the norm's parameter `layer_norm_weight`
+there. The torch modules below do the same, so that checkpoints, weight mapping and export see one set of names on every
+device.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from skyrl_mega.models.attention import PackedAttention
+
+
+def transformer_engine_layers_available(device: torch.device) -> bool:
+    """True on CUDA with transformer-engine installed: its fused layers are used there, torch ones elsewhere."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+class RMSNorm(torch.nn.Module):
+    """RMS norm (arXiv:1910.07467) whose weight knows that its gradient is partial under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.weight = _norm_weight(config, hidden_size)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
+    """RMS norm, then a projection split by output columns over tensor ranks; parameters weight, bias, layer_norm_weight.
+
+    Under sequence parallelism the norm runs on this rank's tokens, before the projection gathers them.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight = _norm_weight(config, input_size)
+        self.eps = config.layernorm_epsilon
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
+        return super().forward(normed, *args, **kwargs)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        state = self.state_dict(prefix="", keep_vars=True)
+        state.pop("_extra_state", None)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
+
+
+def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
+    device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+    weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
+    # Megatron's finalize_model_grads adds up the gradients of such parameters over tensor ranks.
+    weight.sequence_parallel = config.sequence_parallel
+    return weight
+
+
+def block_spec(config: TransformerConfig, device: torch.device, attention_backend: str) -> TransformerBlockSubmodules:
+    """The decoder's layers and its final norm, ours or TransformerEngine's, with our packed core attention in both."""
+    layer = _transformer_engine_layer(config) if transformer_engine_layers_available(device) else _torch_layer(config)
+    layer.submodules.self_attention.submodules.core_attention = partial(PackedAttention, backend=attention_backend)
+    final_norm = RMSNorm
+    if transformer_engine_layers_available(device):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        final_norm = TENorm
+    # A full TransformerBlockSubmodules: given a bare layer, Megatron would put its stock norm at the end.
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
+
+
+def _torch_layer(config: TransformerConfig) -> ModuleSpec:
+    layer = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"))
+    submodules = layer.submodules
+    submodules.input_layernorm = IdentityOp
+    submodules.pre_mlp_layernorm = IdentityOp
+    submodules.sharded_state_dict_keys_map = {}
+    submodules.self_attention.submodules.linear_qkv = LayerNormColumnParallelLinear
+    submodules.mlp.submodules.linear_fc1 = LayerNormColumnParallelLinear
+    if config.qk_layernorm:
+        submodules.self_attention.submodules.q_layernorm = RMSNorm
+        submodules.self_attention.submodules.k_layernorm = RMSNorm
+    return layer
+
+
+def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm))

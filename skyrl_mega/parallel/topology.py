@@ -1,0 +1,229 @@
+"""Where this process stands among the trainer's ranks, and the few collectives that are not Megatron's own.
+
+Ranks are started by torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a plain process
+without them is world size 1. Tensors of the model travel over gloo on CPU and NCCL on CUDA; objects, barriers and metrics always
+travel over gloo, on CPU tensors.
+
+Every wait has a deadline (`parallel.timeout_s`). A wait that runs past it, or that loses its peer, is a DeadlineError that
+names the phase and, where it can be known, the ranks that did not come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from skyrl_mega.config.schema import ParallelConfig
+from skyrl_mega.errors import ConfigError, DeadlineError
+from skyrl_mega.parallel.device import install_megatron_cpu_shim
+
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+#: What gloo, NCCL and the rendezvous store say when a peer is late or gone.
+_LATE_OR_GONE = (
+    "timed out",
+    "timeout",
+    "failed to pass monitoredbarrier",
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place: sizes and ranks by axis, and the process groups behind them.
+
+    `tp_group`, `dp_group`, `pp_group`, `cp_group` carry device tensors. `dp_cp_group` spans data and context parallelism (the
+    ranks that hold the same weights). `control_group` is gloo over all ranks: objects and barriers.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    timeout_s: float
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which alone talks to engines, environments and files."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def deadline(self, phase: str, step: int | None = None) -> Iterator[None]:
+        """Turns a collective's timeout or lost peer inside the block into a DeadlineError that names phase, step and rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            if _is_late(error):
+                raise DeadlineError(self._late_message(phase, step, error)) from error
+            raise
+
+    def barrier(self, phase: str, step: int | None = None) -> None:
+        """Waits for every rank. *All ranks.* Raises DeadlineError; on rank 0 it names the ranks that did not come."""
+        with self.deadline(phase, step):
+            dist.monitored_barrier(self.control_group, timeout=timedelta(seconds=self.timeout_s), wait_all_ranks=True)
+
+    def broadcast_object(self, obj: Any, phase: str, step: int | None = None) -> Any:
+        """Rank 0's object, on every rank (`obj` of other ranks is ignored). *All ranks.*
+
+        The object must pickle. Raises DeadlineError.
+        """
+        box = [obj if self.is_main else None]
+        with self.deadline(phase, step):
+            dist.broadcast_object_list(box, src=0, group=self.control_group, device=torch.device("cpu"))
+        return box[0]
+
+    def all_reduce_metrics(
+        self, metrics: Mapping[str, float], op: Literal["sum", "mean", "max", "min"] = "sum", phase: str = "metrics"
+    ) -> dict[str, float]:
+        """The numbers reduced over data- and context-parallel ranks (tensor ranks hold copies). *All ranks, same keys.*
+
+        float64 on CPU. Raises DeadlineError.
+        """
+        names = sorted(metrics)
+        values = torch.tensor([float(metrics[name]) for name in names], dtype=torch.float64)
+        with self.deadline(phase):
+            dist.all_reduce(values, op=_REDUCE_OPS[op], group=self.dp_cp_group)
+        if op == "mean":
+            values /= self.dp_size * self.cp_size
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def destroy(self) -> None:
+        """Leaves all process groups. The process can call `init_topology` again."""
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+        get_cuda_rng_tracker().reset()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+    def _late_message(self, phase: str, step: int | None, error: RuntimeError) -> str:
+        at = f"phase {phase!r}" + ("" if step is None else f", step {step}")
+        first_line = str(error).strip().splitlines()[0]
+        return (
+            f"Rank {self.rank} of {self.world_size} waited in {at} longer than `parallel.timeout_s` ({self.timeout_s:g} s), or "
+            f"lost its peer: {first_line}. Look at the log of the missing rank; raise parallel.timeout_s if it is only slow."
+        )
+
+
+def init_topology(parallel: ParallelConfig, device: torch.device, *, seed: int) -> Topology:
+    """Joins the process groups and returns this rank's place among them. *All ranks.* Once per process, until `Topology.destroy`.
+
+    Reads torchrun's environment; without WORLD_SIZE it is a world of one, with a store in memory. Sets torch's and Megatron's
+    seeds. Raises ConfigError where the sizes do not divide the world, DeadlineError where ranks do not join in time.
+    """
+    if dist.is_initialized():
+        raise ConfigError(
+            "Process groups exist already in this process; call destroy() on the first Topology before init_topology."
+        )
+    world_size, rank = _world()
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"The world size ({world_size}) must be a multiple of tensor x pipeline x context parallel size "
+            f"({parallel.tensor} x {parallel.pipeline} x {parallel.context} = {model_ranks}); start a "
+            f"multiple of {model_ranks} ranks."
+        )
+    timeout = timedelta(seconds=parallel.timeout_s)
+    if device.type == "cuda":
+        # Megatron overlaps reductions with matmuls by the order in which kernels were queued: one hardware queue keeps that
+        # order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(device)
+    install_megatron_cpu_shim()
+    _join(world_size, rank, device, timeout)
+    return _build_groups(parallel, device, seed, timeout)
+
+
+def _world() -> tuple[int, int]:
+    """(world size, rank) from the environment; a world of one where no launcher set it."""
+    if "WORLD_SIZE" not in os.environ:
+        return 1, 0
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    world_size = int(os.environ["WORLD_SIZE"])
+    if missing and world_size > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set; start the ranks with torchrun, "
+            "or unset WORLD_SIZE to run one process."
+        )
+    return world_size, int(os.environ.get("RANK", "0"))
+
+
+def _join(world_size: int, rank: int, device: torch.device, timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    where = {"device_id": device} if device.type == "cuda" else {}
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **where)
+        return
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
+    except RuntimeError as error:
+        if not _is_late(error):
+            raise
+        raise DeadlineError(
+            f"Rank {rank} of {world_size} waited longer than `parallel.timeout_s` ({timeout.total_seconds():g} s) for all "
+            f"ranks to join at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; check that every rank was started and "
+            "reaches that address."
+        ) from error
+
+
+def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, timeout: timedelta) -> Topology:
+    from megatron.core import parallel_state as state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # a timedelta is made of it: fractions are fine
+    )
+    control_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        timeout_s=parallel.timeout_s,
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=state.get_tensor_model_parallel_world_size(),
+        pp_rank=state.get_pipeline_model_parallel_rank(),
+        pp_size=state.get_pipeline_model_parallel_world_size(),
+        cp_rank=state.get_context_parallel_rank(),
+        cp_size=state.get_context_parallel_world_size(),
+        dp_rank=state.get_data_parallel_rank(),
+        dp_size=state.get_data_parallel_world_size(),
+        tp_group=state.get_tensor_model_parallel_group(),
+        pp_group=state.get_pipeline_model_parallel_group(),
+        cp_group=state.get_context_parallel_group(),
+        dp_group=state.get_data_parallel_group(),
+        dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
+        control_group=control_group,
+    )
+
+
+def _is_late(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return any(sign in text for sign in _LATE_OR_GONE)
