@@ -41,11 +41,23 @@ def reduction_weights(
     return function(loss_mask_T, cu_seqlens, loss_tokens_per_sequence_S, num_loss_tokens, num_sequences)
 
 
-def _token_mean(loss_mask_T, cu_seqlens, loss_tokens_per_sequence_S, num_loss_tokens, num_sequences):
+def _token_mean(
+    loss_mask_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    loss_tokens_per_sequence_S: torch.Tensor,
+    num_loss_tokens: int,
+    num_sequences: int,
+) -> torch.Tensor:
     return loss_mask_T.to(torch.float32) / max(num_loss_tokens, 1)
 
 
-def _sequence_mean(loss_mask_T, cu_seqlens, loss_tokens_per_sequence_S, num_loss_tokens, num_sequences):
+def _sequence_mean(
+    loss_mask_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    loss_tokens_per_sequence_S: torch.Tensor,
+    num_loss_tokens: int,
+    num_sequences: int,
+) -> torch.Tensor:
     # A padding sequence has no loss token: its weight is never used, but must not be infinite.
     weight_S = 1.0 / (loss_tokens_per_sequence_S.to(torch.float32).clamp(min=1) * max(num_sequences, 1))
     weight_T = weight_S.repeat_interleave(cu_seqlens.diff().long(), output_size=loss_mask_T.shape[0])

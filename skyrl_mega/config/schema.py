@@ -49,7 +49,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the trainer's processes share the model. Data parallelism is what remains: world size / (tensor x pipeline x context)."""
+    """How the trainer's processes share the model.
+
+    What remains is data parallel: world size / (tensor x pipeline x context) copies.
+    """
 
     tensor: int = opt(1, "Tensor-parallel size; must divide attention heads, KV heads and FFN size.")
     pipeline: int = opt(1, "Pipeline-parallel size; must divide the number of layers.")
@@ -72,7 +75,9 @@ class AlgorithmConfig:
     """Advantages, loss and reduction."""
 
     advantage: Literal["grpo"] = opt("grpo", "Advantage estimator: grpo, arXiv:2402.03300.")
-    normalize_by_std: bool = opt(True, "Divide group-centred rewards by the group's unbiased standard deviation (False: Dr. GRPO).")
+    normalize_by_std: bool = opt(
+        True, "Divide group-centred rewards by the group's unbiased standard deviation (False: Dr. GRPO)."
+    )
     advantage_eps: float = opt(1e-6, "Added to that standard deviation.")
     policy_loss: Literal["ppo_clip"] = opt("ppo_clip", "Policy loss: clipped surrogate, arXiv:1707.06347.")
     clip_low: float = opt(0.2, "Ratios below 1 - clip_low are clipped.")
@@ -129,7 +134,9 @@ class EnvConfig:
     name: str = opt(REQUIRED, "Registered environment: arithmetic, reasoning_gym, gsm8k, or module:Class of your own.")
     options: dict[str, Any] = opt(None, "Keyword arguments of the environment and its prompt generator.", factory=dict)
     max_turns: int = opt(1, "Most policy turns in one episode; a longer one is truncated.")
-    chat_template: bool = opt(True, "Render observations through the tokenizer's chat template; False: continue them as raw text.")
+    chat_template: bool = opt(
+        True, "Render observations through the tokenizer's chat template; False: continue them as raw text."
+    )
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ def balance_and_pack(
     `samples` are all samples of one update, with advantages. With `skip_zero_advantage`, samples whose advantages are zero
     at every loss token are left out of compute and still counted in the normalisers; if that is all of them, no rank has a
     micro-batch. `share_prompts` computes a prompt once for the samples of its group; it changes no result, and needs an
-    attention that knows `MicroBatch.prefix_segments`. `pad_to_multiple` lengthens each micro-batch by a padding sequence (for sequence parallelism).
-    No communication. Raises DataError for a sample without advantages or longer than the token budget.
+    attention that knows `MicroBatch.prefix_segments`. `pad_to_multiple` lengthens each micro-batch by a padding sequence (for
+    sequence parallelism). No communication.
+    Raises DataError for a sample without advantages or longer than the token budget.
     """
     if not 0 <= dp_rank < dp_size:
         raise DataError(f"dp_rank must lie in 0..dp_size - 1, but is {dp_rank} of {dp_size}.")

@@ -144,7 +144,8 @@ def _share_prompts(config: Config, policy: Policy) -> bool:
     setting, attention = config.trainer.share_prompts, policy.model.implementation["attention"]
     if setting == "on" and attention != "sdpa":
         raise BackendUnavailableError(
-            f"trainer.share_prompts=on needs model.attention=sdpa, but {attention} runs here; set it to auto, or model.attention=sdpa."
+            f"trainer.share_prompts=on needs model.attention=sdpa, but {attention} runs here; "
+            "set share_prompts to auto, or model.attention to sdpa."
         )
     return attention == "sdpa" and setting != "off"
 

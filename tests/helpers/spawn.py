@@ -97,5 +97,8 @@ def _run_one(fn: Callable[..., Any], rank: int, world_size: int, port: int, fold
     temporary = Path(folder) / f"{rank}.tmp"
     temporary.write_bytes(outcome)
     temporary.rename(Path(folder) / f"{rank}.pkl")
-    # A rank whose peer died may hang in the destructors of its process groups: leave at once, the result is written.
+    # A rank whose peer died may hang in the destructors of its process groups: leave at once, the result is written. What it
+    # started itself (a checkpoint writer's manager, say) must not stay behind.
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(code)

@@ -1,0 +1,281 @@
+"""Which settings go together: with each other, with the model's shape and with the number of processes. Reads no file.
+
+Every rule is a sentence and a function that yields its breaches; a function looks at nothing but its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from skyrl_mega.config.rule import Facts, Finding, RuleBook
+from skyrl_mega.config.schema import Config
+
+COMBINATIONS = RuleBook()
+rule = COMBINATIONS.rule
+
+_ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """How many copies of the model train: world size / (tensor x pipeline x context), rounded down."""
+    return world_size // _model_size(config)
+
+
+def _model_size(config: Config) -> int:
+    """Processes that share one copy of the model; at least 1, since a size below 1 is reported by its own range."""
+    return max(1, config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+
+
+# ---- layout ---------------------------------------------------------------------------------------------------------------
+
+
+@rule("`parallel.pipeline` and `parallel.context` must be 1: this version shards by tensor and data parallelism only")
+def _only_tensor_and_data_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
+    for name, size in (("pipeline", config.parallel.pipeline), ("context", config.parallel.context)):
+        if size > 1:
+            yield Finding(
+                f"`parallel.{name}` is {size}", f"Set `parallel.{name}=1`, and use `parallel.tensor` or more processes."
+            )
+
+
+@rule("The number of processes must be divisible by `parallel.tensor` x `parallel.pipeline` x `parallel.context`")
+def _world_size_divides(config: Config, facts: Facts) -> Iterator[Finding]:
+    tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
+    model_size = _model_size(config)
+    if facts.world_size % model_size:
+        yield Finding(
+            f"{facts.world_size} processes for {tensor} x {pipeline} x {context} = {model_size}, which leaves no whole"
+            " data-parallel size",
+            f"Start {model_size} processes or a multiple (`torchrun --nproc-per-node {model_size} -m skyrl_mega.train ...`), or"
+            " set `parallel.tensor=1`.",
+        )
+
+
+@rule("`parallel.tensor` must divide the model's attention heads, KV heads and FFN size (the vocabulary is padded)")
+def _tensor_divides_model(config: Config, facts: Facts) -> Iterator[Finding]:
+    model, tensor = facts.model, config.parallel.tensor
+    if model is None or tensor < 1:
+        return
+    sizes = {"attention heads": model.num_heads, "KV heads": model.num_kv_heads, "FFN size": model.ffn_size}
+    odd = [f"{size} {name}" for name, size in sizes.items() if size % tensor]
+    if odd:
+        fitting = [n for n in range(1, model.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
+        yield Finding(
+            f"`parallel.tensor` is {tensor} and the model has {', '.join(odd)}",
+            f"Sizes that fit this model: {', '.join(map(str, fitting))}.",
+        )
+
+
+@rule("`parallel.sequence_parallel` needs `parallel.tensor` > 1")
+def _sequence_parallel_needs_tensor(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
+        yield Finding(
+            "`parallel.sequence_parallel` is true and `parallel.tensor` is 1",
+            "Set `parallel.sequence_parallel=false`, or choose `parallel=tp2_sp`.",
+        )
+
+
+@rule(
+    "`rollout.placement=in_process` needs a single process: an engine inside one rank of several would wait for the others"
+    " forever"
+)
+def _in_process_needs_one_process(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.rollout.placement == "in_process" and facts.world_size > 1:
+        yield Finding(
+            f"there are {facts.world_size} processes", "Set `rollout.placement=auto` or `rollout.placement=child_process`."
+        )
+
+
+# ---- batch ----------------------------------------------------------------------------------------------------------------
+
+
+@rule("`trainer.updates_per_step` must divide `trainer.prompts_per_step`")
+def _updates_divide_prompts(config: Config, facts: Facts) -> Iterator[Finding]:
+    prompts, updates = config.trainer.prompts_per_step, config.trainer.updates_per_step
+    if updates < 1 or prompts % updates == 0:
+        return
+    below = max((n for n in range(1, updates) if prompts % n == 0), default=1)
+    yield Finding(
+        f"{prompts} prompts and {updates} updates",
+        f"Try `trainer.updates_per_step={below}` or `trainer.prompts_per_step={updates}`.",
+    )
+
+
+@rule(
+    "`trainer.samples_per_prompt` must be at least 2 for `algorithm.advantage=grpo`: a group of one has no spread and teaches"
+    " nothing"
+)
+def _groups_have_spread(config: Config, facts: Facts) -> Iterator[Finding]:
+    samples = config.trainer.samples_per_prompt
+    if samples == 1 and config.algorithm.advantage == "grpo":
+        yield Finding("got 1", "Set `trainer.samples_per_prompt=8`.")
+
+
+@rule("Every data-parallel process needs a sequence in every update")
+def _sequences_for_every_rank(config: Config, facts: Facts) -> Iterator[Finding]:
+    trainer = config.trainer
+    ranks = data_parallel_size(config, facts.world_size)
+    if trainer.updates_per_step < 1:
+        return
+    sequences = trainer.prompts_per_step * trainer.samples_per_prompt // trainer.updates_per_step
+    if sequences < ranks:
+        yield Finding(
+            f"{trainer.prompts_per_step} prompts x {trainer.samples_per_prompt} samples / {trainer.updates_per_step} updates = "
+            f"{sequences} sequences for a data-parallel size of {ranks}",
+            "Raise `trainer.prompts_per_step`, lower `trainer.updates_per_step`, or start fewer processes.",
+        )
+
+
+@rule("`trainer.tokens_per_micro_batch` must be at least `rollout.max_model_len`: the longest trajectory has to fit")
+def _micro_batch_holds_longest(config: Config, facts: Facts) -> Iterator[Finding]:
+    tokens, longest = config.trainer.tokens_per_micro_batch, config.rollout.max_model_len
+    if tokens < longest:
+        yield Finding(
+            f"{tokens} tokens for trajectories of up to {longest}",
+            f"Set `trainer.tokens_per_micro_batch={longest}` or more, or lower `rollout.max_model_len`.",
+        )
+
+
+@rule("`trainer.max_staleness` must be 0: this version trains synchronously")
+def _synchronous_only(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.trainer.max_staleness > 0:
+        yield Finding(f"got {config.trainer.max_staleness}", "Set `trainer.max_staleness=0`.")
+
+
+# ---- lengths --------------------------------------------------------------------------------------------------------------
+
+
+@rule("`rollout.max_new_tokens` must be smaller than `rollout.max_model_len`, which holds the prompt too")
+def _prompt_has_room(config: Config, facts: Facts) -> Iterator[Finding]:
+    new, longest = config.rollout.max_new_tokens, config.rollout.max_model_len
+    if new >= longest:
+        yield Finding(
+            f"{new} new tokens in {longest}", f"Lower `rollout.max_new_tokens`, or set `rollout.max_model_len={2 * new}` or more."
+        )
+
+
+@rule("`rollout.max_model_len` must not exceed the positions the model knows (max_position_embeddings)")
+def _positions_known(config: Config, facts: Facts) -> Iterator[Finding]:
+    if facts.model is not None and config.rollout.max_model_len > facts.model.max_position_embeddings:
+        known = facts.model.max_position_embeddings
+        yield Finding(f"{config.rollout.max_model_len} for a model of {known}", f"Set `rollout.max_model_len={known}` or less.")
+
+
+@rule("`rollout.max_model_len` must not exceed the model's sliding window: the trainer attends to the whole sequence")
+def _inside_sliding_window(config: Config, facts: Facts) -> Iterator[Finding]:
+    window = facts.model.sliding_window if facts.model is not None else None
+    if window is not None and config.rollout.max_model_len > window:
+        yield Finding(
+            f"{config.rollout.max_model_len} for a window of {window}", f"Set `rollout.max_model_len={window}` or less."
+        )
+
+
+@rule("The KV cache (`rollout.kv_cache_gib`, CPU) must hold at least one whole trajectory of `rollout.max_model_len` tokens")
+def _cache_holds_a_trajectory(config: Config, facts: Facts) -> Iterator[Finding]:
+    if facts.model is None or config.trainer.device == "cuda":
+        return
+    per_token = facts.model.kv_cache_bytes_per_token(_ELEMENT_BYTES[config.rollout.dtype])
+    needed_gib = per_token * config.rollout.max_model_len / 2**30
+    if needed_gib > config.rollout.kv_cache_gib:
+        enough = int(needed_gib) + 1
+        yield Finding(
+            f"{config.rollout.max_model_len} tokens need {needed_gib:.2f} GiB and it has {config.rollout.kv_cache_gib}",
+            f"Set `rollout.kv_cache_gib={enough}`, or lower `rollout.max_model_len`.",
+            is_warning=config.trainer.device == "auto",  # on CUDA the setting has no effect
+        )
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------------
+
+
+@rule("`rollout.dtype` must go with `model.dtype`: both bfloat16, or both float32")
+def _precisions_pair(config: Config, facts: Facts) -> Iterator[Finding]:
+    policy, engine = config.model.dtype, config.rollout.dtype
+    if (policy, engine) == ("float32", "bfloat16"):
+        yield Finding(
+            "`model.dtype` is float32 and `rollout.dtype` is bfloat16: 93% of the updated weights would round back to their old"
+            " bfloat16 value, so that the engine plays an older policy",
+            "Choose `precision=float32` or `precision=bfloat16`.",
+        )
+    elif policy != engine:
+        yield Finding(
+            "`model.dtype` is bfloat16 and `rollout.dtype` is float32: the engine's logprobs will differ from the policy's by"
+            " bfloat16 rounding, and sampling is slower for it",
+            "Prefer `precision=bfloat16` or `precision=float32`.",
+            is_warning=True,
+        )
+
+
+@rule("`rollout.top_p` = 1 and `rollout.top_k` = 0 keep the ratios unbiased: the trainer computes untruncated logprobs")
+def _truncation_biases_ratios(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        yield Finding(
+            f"with `rollout.top_p` {config.rollout.top_p} and `rollout.top_k` {config.rollout.top_k} the ratios are biased",
+            "Leave truncation to evaluation: `rollout.top_p=1.0 rollout.top_k=0`.",
+            is_warning=True,
+        )
+
+
+@rule("`rollout.stop` strings are taken as they stand")
+def _stop_strings_are_meant(config: Config, facts: Facts) -> Iterator[Finding]:
+    if "" in config.rollout.stop:
+        yield Finding("one of them is empty and would end every turn at once", "Leave it out.")
+    for stop in config.rollout.stop:
+        if "\\n" in stop or "\\t" in stop:
+            yield Finding(
+                f"{stop!r} holds a backslash and a letter, not a line break or tab",
+                'Give it in a YAML file (`stop: ["\\n"]`), or as a real line break on the command line.',
+                is_warning=True,
+            )
+
+
+# ---- task and device ------------------------------------------------------------------------------------------------------
+
+
+@rule("`data.path` and `data.source` must agree: rows need a path, a generator reads none")
+def _source_and_path_agree(config: Config, facts: Facts) -> Iterator[Finding]:
+    data = config.data
+    if data.source != "generator" and not data.path:
+        yield Finding(
+            f"`data.source` is {data.source} and `data.path` is empty", "Set `data.path=FILE`, or `data.source=generator`."
+        )
+    if data.source == "generator" and (data.path or data.eval_path):
+        given = "data.path" if data.path else "data.eval_path"
+        yield Finding(
+            f"`data.source` is generator and `{given}` is `{data.path or data.eval_path}`, which would be ignored",
+            "Set `data.source=jsonl` (or parquet, hf_dataset), or leave the path out.",
+        )
+
+
+@rule("`env.name=gsm8k` poses the rows of `data.path`; it generates none")
+def _gsm8k_needs_rows(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.env.name == "gsm8k" and config.data.source == "generator":
+        yield Finding("`data.source` is generator", "Set `data.source=jsonl data.path=train.jsonl`, or choose `recipe=gsm8k`.")
+
+
+@rule("`model.attention` must be one that `trainer.device` can run: flash and transformer_engine need cuda")
+def _attention_fits_device(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.trainer.device == "cpu" and config.model.attention in ("flash", "transformer_engine"):
+        yield Finding(
+            f"`model.attention` is {config.model.attention} and `trainer.device` is cpu", "Set `model.attention=sdpa` or auto."
+        )
+
+
+@rule("`model.attention=flash` needs `model.dtype=bfloat16`: flash-attn has no float32 kernels")
+def _flash_is_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.model.attention == "flash" and config.model.dtype != "bfloat16":
+        yield Finding(f"`model.dtype` is {config.model.dtype}", "Set `model.attention=auto`, or choose `precision=bfloat16`.")
+
+
+@rule("`trainer.share_prompts=on` needs `model.attention` sdpa (or auto, where that is what runs)")
+def _shared_prompts_need_sdpa(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.trainer.share_prompts == "on" and config.model.attention in ("flash", "transformer_engine"):
+        yield Finding(
+            f"`model.attention` is {config.model.attention}", "Set `trainer.share_prompts=auto`, or `model.attention=sdpa`."
+        )
+
+
+@rule("`env.chat_template=true` needs a tokenizer with a chat template")
+def _chat_template_exists(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.env.chat_template and facts.model is not None and not facts.model.has_chat_template:
+        yield Finding(f"`{facts.model.path}` has none", "Set `env.chat_template=false`, or use an instruction-tuned model.")

@@ -1,0 +1,216 @@
+"""The command line: `skyrl-mega train | eval | export | doctor`. Answers `--help` without importing anything heavy.
+
+Exit codes: 0 done, 1 the doctor found what prevents a run, 2 an error whose message says the remedy, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from skyrl_mega import __version__
+from skyrl_mega.errors import ConfigError, SkyRLMegaError
+from skyrl_mega.launch.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from skyrl_mega.config.schema import Config
+
+_OVERRIDES_HELP = "group=option or section.key=value, as in: recipe=gsm8k trainer.max_steps=50"
+_TRAIN_EPILOG = """examples:
+  skyrl-mega train recipe=quickstart
+  skyrl-mega train recipe=gsm8k data.path=train.jsonl model.path=MODEL_DIRECTORY
+  skyrl-mega train recipe=quickstart trainer.max_steps=10 --print-config
+  torchrun --nproc-per-node 2 -m skyrl_mega.train recipe=quickstart parallel=dp2
+
+All settings, groups and recipes: docs/configuration.md."""
+_EVAL_EPILOG = """examples:
+  skyrl-mega eval recipe=quickstart                        the model as it came
+  skyrl-mega eval recipe=quickstart --checkpoint latest    the newest checkpoint of trainer.run_dir"""
+_EXPORT_EPILOG = """example:
+  skyrl-mega export --run runs/quickstart --output my-model"""
+_DOCTOR_EPILOG = """examples:
+  skyrl-mega doctor
+  skyrl-mega doctor recipe=quickstart trainer.device=cuda    can this machine run that?"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. `argv` is without the program's name; None: the process's own."""
+    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    quiet_libraries()
+    try:
+        return command(arguments)
+    except SkyRLMegaError as error:
+        if arguments.traceback:
+            raise
+        _report(error)
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """argparse, with overrides allowed before and after the options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strays = [text for text in rest if text.startswith("-")]
+    if strays or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skyrl-mega",
+        description="Reinforcement learning for language models: Megatron-Core policies and vLLM rollouts.",
+        epilog="`skyrl-mega COMMAND --help` has examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"skyrl-mega {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str, epilog: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(command=run)
+        sub.add_argument("--traceback", action="store_true", help="show where an error was raised")
+        return sub
+
+    train = add("train", _train, "Train a policy.", _TRAIN_EPILOG)
+    _add_config_arguments(train)
+    train.add_argument("--print-config", action="store_true", help="print every setting, resolved, as YAML and end")
+
+    evaluate = add("eval", _eval, "Greedy accuracy of a model or checkpoint on held-out prompts.", _EVAL_EPILOG)
+    _add_config_arguments(evaluate)
+    evaluate.add_argument("--checkpoint", metavar="DIR|latest", help="weights to evaluate; without it, those of model.path")
+    evaluate.add_argument("--num-prompts", type=int, metavar="N", help="same as evaluation.num_prompts=N")
+
+    export = add("export", _export, "Write a checkpoint as a Hugging Face model directory.", _EXPORT_EPILOG)
+    export.add_argument("--run", required=True, type=Path, metavar="DIR", help="the run's directory")
+    export.add_argument("--checkpoint", default="latest", metavar="DIR|latest", help="which checkpoint; default: %(default)s")
+    export.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the model directory is written")
+
+    doctor = add("doctor", _doctor, "What this machine has, and which backend each part will use.", _DOCTOR_EPILOG)
+    _add_config_arguments(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES_HELP)
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a directory of yours, searched before the built-in files")
+    parser.add_argument("--config-name", default="train", metavar="NAME", help="primary file; default: %(default)s")
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.print_config:
+        from skyrl_mega.config.load import to_yaml
+
+        _say(to_yaml(_load(arguments, allow_missing=True)), end="", stream=sys.stdout)
+        return 0
+    config = _checked(_load(arguments))
+    from skyrl_mega.orchestration.assemble import run_training
+
+    run_training(config)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    if (world_size := _from_environment("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"Evaluation runs in one process; got {world_size}. Start `skyrl-mega eval` without torchrun.")
+    config = _load(arguments)
+    if arguments.num_prompts is not None:
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, num_prompts=arguments.num_prompts))
+    if config.evaluation.num_prompts == 0:
+        raise ConfigError("Evaluation needs prompts; `evaluation.num_prompts` is 0. Give `--num-prompts 128`.")
+    # Whether the run directory may be continued is training's question; evaluating a used one is the common case.
+    config = _checked(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume="auto")))
+    from skyrl_mega.orchestration.assemble import run_evaluation
+
+    run_evaluation(config, checkpoint=arguments.checkpoint)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not arguments.run.is_dir():
+        raise ConfigError(f"`--run` must be the directory of a run; got `{arguments.run}`. Give what `trainer.run_dir` was.")
+    from skyrl_mega.checkpoint.export import export_run
+
+    export_run(str(arguments.run), arguments.checkpoint, str(arguments.output))
+    _say(f"wrote {arguments.output}", stream=sys.stdout)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from skyrl_mega.launch.doctor import run_doctor
+
+    has_config = bool(arguments.overrides) or arguments.config_dir is not None or arguments.config_name != "train"
+    config = _load(arguments) if has_config else None
+    return run_doctor(config, world_size=_from_environment("WORLD_SIZE", 1), as_json=arguments.json)
+
+
+def _load(arguments: argparse.Namespace, *, allow_missing: bool = False) -> Config:
+    from skyrl_mega.config.load import load_config
+
+    return load_config(
+        arguments.overrides,
+        config_name=arguments.config_name,
+        config_dir=arguments.config_dir,
+        allow_missing=allow_missing,
+    )
+
+
+def _checked(config: Config) -> Config:
+    """The configuration, once every rule holds; warnings go to stderr."""
+    from skyrl_mega.config.validate import validate
+
+    for warning in validate(config, world_size=_from_environment("WORLD_SIZE", 1)):
+        _say(f"warning: {warning}")
+    return config
+
+
+# ---- terminal -------------------------------------------------------------------------------------------------------------
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise ConfigError(f"The environment variable {name} must be a whole number, as torchrun sets it; got `{text}`. Unset it.")
+    return int(text)
+
+
+def _report(error: SkyRLMegaError) -> None:
+    """The message on stderr. A configuration error is the same on every rank and told once; another by the rank it hit."""
+    rank = os.environ.get("RANK", "0")
+    if rank in ("", "0"):
+        _say(f"error: {error}")
+    elif not isinstance(error, ConfigError):
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _say(text: str, *, end: str = "\n", stream=None) -> None:
+    """Prints on rank 0 only; to stderr unless told otherwise."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print(text, end=end, file=stream or sys.stderr, flush=True)
+
+
+def exit_with_main() -> NoReturn:
+    """What the entry modules call: ends the process with `main`'s code."""
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    exit_with_main()

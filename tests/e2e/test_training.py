@@ -1,0 +1,194 @@
+"""The main job on a tiny model, with real vLLM, each run in a process of its own as a user starts it.
+
+One undisturbed run is the measure for the others: killed and resumed, on two tensor ranks, on two data ranks.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.spawn import free_port
+from helpers.tiny import write_tiny_model
+from skyrl_mega.telemetry.metrics import read_metrics
+
+STEPS = 4
+#: Everything that is computed, as opposed to timed.
+COMPUTED = ("reward/", "loss/", "policy/", "mismatch/", "eval/", "update/", "response/", "group/", "env/")
+#: A random model is never right, so reward it for even first bytes of its answer: about half of them.
+ENVIRONMENT = '''
+from skyrl_mega.envs.base import Reply, TextEnvBase
+
+class EvenEnv(TextEnvBase):
+    """Reward 1 when the first character of the answer has an even code."""
+
+    def pose(self, payload):
+        return payload["text"]
+
+    def respond(self, action):
+        even = float(bool(action) and ord(action[0]) % 2 == 0)
+        return Reply(reward=even, metrics={"accuracy": even})
+
+    @classmethod
+    def generate_payload(cls, index, seed, split, **options):
+        return {"text": f"{split} {seed} number {index}: "}
+'''
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with a model and an environment of the user's own."""
+    path = tmp_path_factory.mktemp("training")
+    write_tiny_model(path / "model", "llama", tied=True)
+    (path / "even_env.py").write_text(ENVIRONMENT)
+    return path
+
+
+def command(home: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    python = [sys.executable]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    return [
+        *python,
+        "-m",
+        "skyrl_mega.train",
+        "recipe=tiny",
+        f"model.path={home / 'model'}",
+        "env.name=even_env:EvenEnv",
+        "env.options={}",
+        f"trainer.run_dir={run_dir}",
+        f"trainer.max_steps={STEPS}",
+        "checkpoint.interval_steps=2",
+        "evaluation.interval_steps=2",
+        "rollout.probe_after_sync=true",
+        *overrides,
+    ]
+
+
+def environment(home: Path) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "RANK", "WORLD_SIZE"))}
+    return clean | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"}
+
+
+def run(home: Path, run_dir: Path, *overrides: str, ranks: int = 1, timeout: float = 400) -> str:
+    result = subprocess.run(
+        command(home, run_dir, *overrides, ranks=ranks),
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
+
+
+def computed(run_dir: Path) -> dict[int, dict[str, float]]:
+    rows = read_metrics(run_dir)
+    assert len({row["step"] for row in rows}) == len(rows), "a step has two lines"
+    return {row["step"]: {k: v for k, v in row.items() if k.startswith(COMPUTED)} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home):
+    run_dir = home / "undisturbed"
+    return run_dir, run(home, run_dir)
+
+
+def test_a_run_learns_from_its_rollouts_and_reports_every_step(undisturbed):
+    run_dir, output = undisturbed
+    rows = computed(run_dir)
+    assert sorted(rows) == list(range(STEPS + 1))
+    updates = [rows[step] for step in range(1, STEPS + 1)]
+    assert all(0.0 < row["reward/mean"] < 1.0 for row in updates)
+    assert any(row["update/skipped"] == 0.0 and row["update/grad_norm"] > 0.0 for row in updates)
+    # The engine samples from the very policy that is trained, before and after every weight sync.
+    assert all(row.get("mismatch/abs_logprob_diff_max", 0.0) < 1e-3 for row in updates)
+    assert all(row["probe/logprob_diff_max"] < 1e-3 for row in read_metrics(run_dir)[1:])
+    assert "eval/accuracy" in rows[0]
+    assert "eval/accuracy" in rows[STEPS]
+    assert "finished" in output
+
+
+def test_a_run_leaves_summary_config_curve_tensorboard_and_checkpoints(undisturbed):
+    run_dir, _ = undisturbed
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["accuracy_before"] is not None
+    assert summary["accuracy_after"] is not None
+    assert summary["peak_rss_bytes"] > 10**8
+    assert {"torch", "megatron-core", "python"} <= summary["versions"].keys()
+    assert (run_dir / "reward_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run_dir / "tensorboard").iterdir())
+    assert "max_steps: 4" in (run_dir / "config.yaml").read_text()
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{STEPS:06d}\n"
+
+
+def test_transformers_loads_the_exported_policy_and_it_has_moved(undisturbed, home):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_dir, _ = undisturbed
+    before = AutoModelForCausalLM.from_pretrained(home / "model")
+    after = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(run_dir / "hf").encode("train 0", add_special_tokens=False)])
+    assert after.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_export_of_the_last_checkpoint_equals_the_export_of_the_run(undisturbed, home):
+    from safetensors.torch import load_file
+
+    run_dir, _ = undisturbed
+    output = home / "exported"
+    arguments = ["export", "--run", str(run_dir), "--output", str(output)]
+    subprocess.run([sys.executable, "-m", "skyrl_mega", *arguments], env=environment(home), check=True, capture_output=True)
+    exported, direct = (load_file(directory / "model.safetensors") for directory in (output, run_dir / "hf"))
+    assert exported.keys() == direct.keys()
+    assert all(torch.equal(tensor, direct[name]) for name, tensor in exported.items())
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(undisturbed, home):
+    reference_dir, _ = undisturbed
+    run_dir = home / "killed"
+    process = subprocess.Popen(
+        command(home, run_dir),
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    # Killed as soon as step 3 is recorded: after the checkpoint of step 2, before that of step 4.
+    deadline = time.monotonic() + 300
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and any(row["step"] == 3 for row in read_metrics(metrics))):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no third step after 300 s"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / "summary.json").exists()
+    output = run(home, run_dir)
+    assert "resuming from" in output
+    assert computed(run_dir) == computed(reference_dir)
+    summary, reference = (json.loads((d / "summary.json").read_text()) for d in (run_dir, reference_dir))
+    for name in ("steps", "optimizer_steps", "trained_groups"):
+        assert summary[name] == reference[name], name
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+def test_two_ranks_end_with_the_losses_of_one_process(undisturbed, home, layout):
+    reference_dir, _ = undisturbed
+    run_dir = home / layout
+    run(home, run_dir, f"parallel={layout}", "checkpoint.interval_steps=0", ranks=2)
+    numbers, reference = computed(run_dir), computed(reference_dir)
+    assert numbers.keys() == reference.keys()
+    for step in range(1, STEPS + 1):
+        for name in ("loss/total", "update/grad_norm", "reward/mean"):
+            assert numbers[step].get(name) == pytest.approx(reference[step].get(name), abs=1e-4), f"{name} of step {step}"

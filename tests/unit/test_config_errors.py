@@ -1,0 +1,613 @@
+"""Bad inputs, and what is said about each: the rule, the values that broke it, the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from helpers.model_dir import write_model_dir
+from skyrl_mega.config import surroundings
+from skyrl_mega.config.load import load_config
+from skyrl_mega.config.schema import Config
+from skyrl_mega.config.settings import nearest
+from skyrl_mega.config.validate import validate
+from skyrl_mega.errors import ConfigError, SkyRLMegaError
+
+ARITHMETIC = ("env.name=arithmetic", "env.chat_template=false")
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return write_model_dir(tmp_path / "model")
+
+
+@pytest.fixture
+def base(model_dir: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a configuration that breaks no rule."""
+    return [f"model.path={model_dir}", f"trainer.run_dir={tmp_path / 'run'}", *ARITHMETIC]
+
+
+def says(error: BaseException, *words: str) -> None:
+    message = str(error)
+    absent = [word for word in words if word not in message]
+    assert not absent, f"{absent} not in:\n{message}"
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------------
+
+BAD_OVERRIDES = {
+    "misspelt key": (
+        ["trainer.max_stps=3"],
+        ["`trainer.max_stps` is not a setting", "did you mean `trainer.max_steps`?", "--print-config"],
+    ),
+    "misspelt section": (["optimiser.lr=1e-5"], ["`optimiser.lr` is not a setting", "`optimizer.lr`"]),
+    "key of another section": (["trainer.lr=1e-5"], ["`trainer.lr` is not a setting", "`optimizer.lr`"]),
+    "key of a nested section": (
+        ["algorithm.kl.weight=1", "algorithm.kl_coef=1"],
+        ["`algorithm.kl.weight`", "`algorithm.kl.coef`"],
+    ),
+    "key added with a plus": (["+rollout.max_tokens=9"], ["`rollout.max_tokens` is not a setting", "`rollout.max_new_tokens`"]),
+    "key without a section": (["seed=3"], ["`seed` is not a setting", "`trainer.seed`"]),
+    "key with nothing like it": (["zzz.qqq=3"], ["`zzz.qqq` is not a setting.", "docs/configuration.md"]),
+    "unknown section given whole": (["foo={bar: {baz: 1}}"], ["`foo.bar.baz` is not a setting"]),
+    "unknown option": (
+        ["recipe=quikstart"],
+        ["`recipe` must be one of gsm8k, quickstart, tiny", "got `quikstart`", "`recipe=quickstart`?"],
+    ),
+    "option unlike any": (["parallel=zzzzzz"], ["`parallel` must be one of dp2", "got `zzzzzz`", "Give one of these"]),
+    "unknown group": (
+        ["recip=quickstart"],
+        ["`recip` is not a group", "got `recip=quickstart`", "`recipe` (gsm8k, quickstart, tiny)"],
+    ),
+    "section that is no group": (["data=jsonl"], ["`data` is a section, not a group", "got `data=jsonl`", "`data.name=value`"]),
+    "group with a plus": (["+recipe=tiny"], ["without a plus", "got `+recipe=tiny`", "Write `recipe=tiny`"]),
+    "word for an integer": (
+        ["trainer.max_steps=abc"],
+        ["`trainer.max_steps` must be an integer", "got 'abc' (a string)", "trainer.max_steps=100"],
+    ),
+    "fraction for an integer": (
+        ["trainer.max_steps=1.5"],
+        ["must be an integer", "got 1.5 (a float)", "`trainer.max_steps=1` or `trainer.max_steps=2`"],
+    ),
+    "boolean for an integer": (["trainer.threads=true"], ["`trainer.threads` must be an integer", "got True (a boolean)"]),
+    "word for a number": (
+        ["optimizer.lr=high"],
+        ["`optimizer.lr` must be a number", "got 'high' (a string)", "optimizer.lr=1e-06"],
+    ),
+    "not a number": (["optimizer.lr=nan"], ["`optimizer.lr` must be a number", "got nan", "finite"]),
+    "infinite integer": (["data.limit=inf"], ["`data.limit` must be an integer", "got inf", "finite"]),
+    "integer for a boolean": (
+        ["checkpoint.export_hf=1"],
+        ["`checkpoint.export_hf` must be true or false", "got 1", "checkpoint.export_hf=true"],
+    ),
+    "number for text": (
+        ["trainer.run_dir=42"],
+        ["`trainer.run_dir` must be a string", "got 42 (an integer)", "Quote it", '"42"'],
+    ),
+    "null": (["trainer.run_dir=null"], ["`trainer.run_dir` must be a string", "got nothing (null)", "Leave it out"]),
+    "text for a list": (
+        ["telemetry.trackers=wandb"],
+        ["must be a list of strings", "got 'wandb'", "`telemetry.trackers=[wandb]`"],
+    ),
+    "number in a list": (["rollout.stop=[a,3]"], ["`rollout.stop[1]` must be a string", "got 3", 'rollout.stop=["3"]']),
+    "several values": (["rollout.stop=a,b"], ["gives one value", "`rollout.stop=a,b`", "`rollout.stop=[...]`"]),
+    "text for a mapping": (
+        ["env.options=easy"],
+        ["`env.options` must be a mapping", "got 'easy'", "`env.options={name: value}`"],
+    ),
+    "number as an option's name": (["env.options={3: a}"], ["`env.options` must have strings as keys", "got 3", "Quote it"]),
+    "text for a section": (["algorithm.kl=off"], ["`algorithm.kl` is a section", "`algorithm.kl.coef=...`"]),
+    "mapping for text": (["model.path.name=x"], ["`model.path` must be a string", "(a mapping)", "`model.path=...`"]),
+    "dtype by its short name": (
+        ["model.dtype=bf16"],
+        ["`model.dtype` must be one of bfloat16, float32", "got 'bf16'", "`model.dtype=bfloat16`?"],
+    ),
+    "choice unlike any": (
+        ["algorithm.reduction=zzz"],
+        ["must be one of token_mean, sequence_mean", "got 'zzz'", "Try `algorithm.reduction=token_mean`"],
+    ),
+    "number for a choice": (["checkpoint.resume=1"], ["must be one of auto, never, must", "got 1 (an integer)"]),
+    "no equals sign": (["trainer.max_steps"], ["written key=value", "`trainer.max_steps` can't be read", "Quote"]),
+    "unbalanced bracket": (["rollout.stop=[a"], ["written key=value", "`rollout.stop=[a` can't be read"]),
+    "Hydra's own setting": (["hydra.run.dir=x"], ["Hydra's own settings have no effect", "`hydra.run.dir=x`", "trainer.run_dir"]),
+    "dangling reference": (
+        ["trainer.run_dir=${env.nam}"],
+        ["`trainer.run_dir` must resolve", "'env.nam' not found", "Check the interpolation"],
+    ),
+    "deleting what is not set": (["~trainer.seeds"], ["must compose", "trainer.seeds", "Correct"]),
+}
+
+
+@pytest.mark.parametrize(("overrides", "words"), BAD_OVERRIDES.values(), ids=BAD_OVERRIDES)
+def test_a_bad_override_is_explained(overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(["model.path=m", "env.name=arithmetic", *overrides])
+    says(caught.value, *words)
+
+
+def test_what_is_required_is_asked_for():
+    with pytest.raises(ConfigError) as caught:
+        load_config([])
+    says(caught.value, "`model.path` is required", "Set it with `model.path=...`", "`env.name` is required", "module:Class")
+
+
+def test_all_bad_overrides_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        load_config(["trainer.max_steps=abc", "optimizer.learning_rate=1", "model.dtype=fp8"])
+    says(
+        caught.value,
+        "5 problems",
+        "`trainer.max_steps` must",
+        "`optimizer.learning_rate` is not",
+        "`model.dtype` must",
+        "`env.name` is required",
+    )
+    assert [f"{number}. " in str(caught.value) for number in range(1, 7)] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "exp.yaml",
+            "defaults: [train, _self_]\ntrainer: {max_stepz: 3}\n",
+            ["`trainer.max_stepz` is not a setting", "`trainer.max_steps`"],
+        ),
+        ("exp.yaml", "defaults: [train, _self_]\ntrainer: {max_steps: 3\n", ["must compose", "exp.yaml", "Correct the file"]),
+        ("exp.yaml", "defaults: [train, _self_]\ntrainer: {seed: 1, seed: 2}\n", ["must compose", "duplicate key", "exp.yaml"]),
+        ("exp.yaml", "defaults: [train, recipe: nope, _self_]\n", ["must compose", "recipe", "nope"]),
+        ("exp.yaml", "defaults: [train, _self_]\ntrainer: 3\n", ["`trainer`", "section"]),
+        ("other.yaml", "", ["must be one of other, train", "got `exp`", "--config-dir"]),
+    ],
+    ids=["unknown key", "bad YAML", "duplicate key", "unknown option", "scalar section", "no such file"],
+)
+def test_a_bad_file_is_explained(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(["model.path=m", "env.name=arithmetic"], config_dir=tmp_path, config_name="exp")
+    says(caught.value, *words)
+
+
+def test_an_absent_config_dir_is_explained(tmp_path):
+    with pytest.raises(ConfigError, match=r"must be an existing directory; got .*nowhere.* Create it"):
+        load_config([], config_dir=tmp_path / "nowhere")
+
+
+def test_nearest_prefers_the_same_last_word_and_gives_up_on_the_unlike():
+    assert nearest("trainer.lr", ["trainer.max_steps", "optimizer.lr"]) == "optimizer.lr"
+    assert nearest("model.dtyp", ["rollout.dtype", "model.dtype"]) == "model.dtype"
+    assert nearest("xyzzy", ["model.path", "env.name"]) is None
+
+
+# ---- validation -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_configuration_has_no_warnings(base):
+    assert validate(load_config(base)) == []
+
+
+BAD_COMBINATIONS = {
+    "pipeline": (
+        ["parallel.pipeline=2"],
+        2,
+        [
+            "`parallel.pipeline` and `parallel.context` must be 1",
+            "this version",
+            "`parallel.pipeline` is 2",
+            "`parallel.pipeline=1`",
+        ],
+    ),
+    "context": (["parallel.context=2"], 2, ["must be 1", "`parallel.context` is 2", "`parallel.context=1`"]),
+    "world size": (
+        ["parallel.tensor=2"],
+        3,
+        ["divisible", "3 processes for 2 x 1 x 1 = 2", "data-parallel size", "--nproc-per-node 2"],
+    ),
+    "tensor against heads": (
+        ["parallel.tensor=3"],
+        3,
+        ["must divide", "4 attention heads, 2 KV heads, 128 FFN size", "Sizes that fit this model: 1, 2."],
+    ),
+    "tensor against KV heads": (["parallel.tensor=4"], 4, ["must divide", "`parallel.tensor` is 4", "2 KV heads", "1, 2."]),
+    "sequence parallel alone": (
+        ["parallel.sequence_parallel=true"],
+        1,
+        ["needs `parallel.tensor` > 1", "`parallel.tensor` is 1", "parallel=tp2_sp"],
+    ),
+    "in process with ranks": (
+        ["rollout.placement=in_process"],
+        2,
+        ["needs a single process", "2 processes", "`rollout.placement=auto`"],
+    ),
+    "updates against prompts": (
+        ["trainer.updates_per_step=5"],
+        1,
+        ["must divide `trainer.prompts_per_step`", "32 prompts and 5 updates", "`trainer.updates_per_step=4`"],
+    ),
+    "group of one": (["trainer.samples_per_prompt=1"], 1, ["at least 2", "got 1", "`trainer.samples_per_prompt=8`"]),
+    "too many ranks": (
+        ["trainer.prompts_per_step=2", "trainer.samples_per_prompt=2"],
+        8,
+        [
+            "a sequence in every update",
+            "2 prompts x 2 samples / 1 updates = 4 sequences for a data-parallel size of 8",
+            "fewer processes",
+        ],
+    ),
+    "micro-batch too small": (
+        ["trainer.tokens_per_micro_batch=512"],
+        1,
+        [
+            "at least `rollout.max_model_len`",
+            "512 tokens for trajectories of up to 1024",
+            "`trainer.tokens_per_micro_batch=1024`",
+        ],
+    ),
+    "staleness": (["trainer.max_staleness=1"], 1, ["must be 0", "synchronously", "got 1", "`trainer.max_staleness=0`"]),
+    "no room for a prompt": (
+        ["rollout.max_new_tokens=1024"],
+        1,
+        ["smaller than `rollout.max_model_len`", "1024 new tokens in 1024", "`rollout.max_model_len=2048`"],
+    ),
+    "unknown positions": (
+        ["rollout.max_model_len=4000"],
+        1,
+        ["max_position_embeddings", "4000 for a model of 2048", "`rollout.max_model_len=2048` or less"],
+    ),
+    "precision": (
+        ["precision=float32", "rollout.dtype=bfloat16"],
+        1,
+        ["must go with `model.dtype`", "93%", "`precision=float32`"],
+    ),
+    "temperature": (
+        ["rollout.temperature=0"],
+        1,
+        ["`rollout.temperature` must be > 0", "got 0.0", "default is 1.0", "evaluation"],
+    ),
+    "top_p": (["rollout.top_p=1.2"], 1, ["`rollout.top_p` must be in (0, 1]", "got 1.2", "default is 1.0"]),
+    "top_k": (["rollout.top_k=-1"], 1, ["`rollout.top_k` must be >= 0", "got -1"]),
+    "clip_low": (["algorithm.clip_low=1"], 1, ["`algorithm.clip_low` must be in (0, 1)", "got 1.0", "default is 0.2"]),
+    "clip_high": (["algorithm.clip_high=0"], 1, ["`algorithm.clip_high` must be > 0", "got 0.0"]),
+    "lr": (["optimizer.lr=0"], 1, ["`optimizer.lr` must be > 0", "got 0.0", "1e-06"]),
+    "beta1": (["optimizer.beta1=1"], 1, ["`optimizer.beta1` must be in [0, 1)", "got 1.0", "default is 0.9"]),
+    "eps": (["optimizer.eps=0"], 1, ["`optimizer.eps` must be > 0", "got 0.0"]),
+    "clip_grad_norm": (["optimizer.clip_grad_norm=-1"], 1, ["`optimizer.clip_grad_norm` must be >= 0", "got -1.0"]),
+    "kl": (["algorithm.kl.coef=-0.1"], 1, ["`algorithm.kl.coef` must be >= 0", "got -0.1"]),
+    "threads": (["trainer.threads=0"], 1, ["`trainer.threads` must be >= 1", "got 0"]),
+    "intervals": (
+        ["evaluation.interval_steps=-1", "checkpoint.interval_steps=-2"],
+        1,
+        ["`evaluation.interval_steps` must be >= 0; got -1", "`checkpoint.interval_steps` must be >= 0; got -2"],
+    ),
+    "keep_last": (["checkpoint.keep_last=0"], 1, ["`checkpoint.keep_last` must be >= 1", "got 0", "default is 2"]),
+    "probe tolerance": (["rollout.probe_tolerance=-1"], 1, ["`rollout.probe_tolerance` must be >= 0", "got -1.0"]),
+    "cache of nothing": (["rollout.kv_cache_gib=0"], 1, ["`rollout.kv_cache_gib` must be >= 1", "got 0"]),
+    "zero tensor size": (["parallel.tensor=0"], 1, ["`parallel.tensor` must be >= 1", "got 0"]),
+    "zero updates": (["trainer.updates_per_step=0"], 1, ["`trainer.updates_per_step` must be >= 1", "got 0"]),
+    "empty stop": (['rollout.stop=["a",""]'], 1, ["`rollout.stop`", "empty", "Leave it out"]),
+    "rows without a path": (
+        ["data.source=jsonl"],
+        1,
+        ["must agree", "`data.source` is jsonl and `data.path` is empty", "`data.path=FILE`"],
+    ),
+    "path without rows": (["data.path=x.jsonl"], 1, ["must agree", "`x.jsonl`, which would be ignored", "data.source=jsonl"]),
+    "gsm8k from nothing": (
+        ["env.name=gsm8k", "data.source=generator"],
+        1,
+        ["poses the rows of `data.path`", "generator", "recipe=gsm8k"],
+    ),
+    "absent rows": (["data.source=jsonl", "data.path=nowhere.jsonl"], 1, ["must exist", "`nowhere.jsonl`", "Correct the path"]),
+    "directory for jsonl": (
+        ["data.source=jsonl", "data.path=."],
+        1,
+        ["must exist and be of the kind", "a directory", "hf_dataset"],
+    ),
+    "not a dataset": (
+        ["data.source=hf_dataset", "data.path=."],
+        1,
+        ["of the kind", "no directory that datasets wrote", "save_to_disk"],
+    ),
+    "unknown environment": (
+        ["env.name=arithmetics"],
+        1,
+        ["must be a registered environment", "got `arithmetics`", "did you mean `arithmetic`?", "module:Class"],
+    ),
+    "environment of no package": (
+        ["env.name=no_such_package_here.envs:Mine"],
+        1,
+        ["no package `no_such_package_here`", "PYTHONPATH"],
+    ),
+    "unknown tracker": (
+        ["telemetry.trackers=[tensorbord]"],
+        1,
+        ["must be known and installed", "got `tensorbord`", "tensorboard, wandb, mlflow"],
+    ),
+    "flash on cpu": (
+        ["model.attention=flash", "trainer.device=cpu"],
+        1,
+        ["need cuda", "`model.attention` is flash", "model.attention=sdpa"],
+    ),
+    "flash in float32": (
+        ["model.attention=flash", "precision=float32"],
+        1,
+        ["no float32 kernels", "`model.dtype` is float32", "`precision=bfloat16`"],
+    ),
+    "shared prompts by flash": (
+        ["trainer.share_prompts=on", "model.attention=flash"],
+        1,
+        ["`trainer.share_prompts=on` needs", "`model.attention` is flash", "`trainer.share_prompts=auto`"],
+    ),
+    "must without checkpoint": (
+        ["checkpoint.resume=must"],
+        1,
+        ["must needs a checkpoint", "holds no complete checkpoint", "checkpoint.resume=auto"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "words"), BAD_COMBINATIONS.values(), ids=BAD_COMBINATIONS)
+def test_a_bad_combination_is_explained(base, overrides, world_size, words):
+    config = load_config([*base, *overrides])
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=world_size)
+    says(caught.value, *words)
+
+
+def test_all_broken_rules_are_reported_together(base):
+    config = load_config(
+        [*base, "parallel.tensor=0", "trainer.samples_per_prompt=1", "data.source=jsonl", "trainer.max_staleness=2"]
+    )
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    says(
+        caught.value,
+        "4 problems",
+        "`parallel.tensor` must be >= 1",
+        "at least 2",
+        "`data.path` is empty",
+        "`trainer.max_staleness` must be 0",
+    )
+    assert isinstance(caught.value, SkyRLMegaError)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.dtype=float32"], ["must go with", "differ from the policy's", "Prefer `precision=bfloat16`"]),
+        (["rollout.top_p=0.9"], ["`rollout.top_p` 0.9", "ratios are biased", "rollout.top_p=1.0 rollout.top_k=0"]),
+        (["rollout.top_k=50"], ["`rollout.top_k` 50", "ratios are biased"]),
+        ([r'rollout.stop=["\n"]'], ["as they stand", "a backslash and a letter", "real line break"]),
+    ],
+    ids=["engine float32", "top_p", "top_k", "backslash"],
+)
+def test_a_doubtful_combination_is_warned_about(base, overrides, words):
+    warnings = validate(load_config([*base, *overrides]))
+    assert len(warnings) == 1
+    says(ConfigError(warnings[0]), *words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ([], 2),
+        (["parallel=tp2"], 2),
+        (["parallel=tp2_sp"], 4),
+        (["precision=float32"], 1),
+        (["rollout.max_model_len=2048"], 1),
+        (["rollout.placement=in_process"], 1),
+        (["trainer.prompts_per_step=2", "trainer.samples_per_prompt=4"], 8),
+        (["trainer.updates_per_step=32"], 1),
+        (["trainer.tokens_per_micro_batch=1024"], 1),
+        (["algorithm.clip_high=5", "optimizer.beta2=0", "optimizer.clip_grad_norm=0", "algorithm.kl.coef=0.1"], 1),
+        (["rollout.top_p=1.0", "evaluation.num_prompts=0", "checkpoint.interval_steps=0"], 1),
+        (["env.name=helpers.model_dir:Anything"], 1),
+        (["telemetry.trackers=[]"], 1),
+    ],
+)
+def test_the_edge_of_a_rule_is_allowed(base, overrides, world_size):
+    assert validate(load_config([*base, *overrides]), world_size=world_size) == []
+
+
+def test_no_process_at_all_is_refused(base):
+    with pytest.raises(ConfigError, match=r"at least 1; got 0.*WORLD_SIZE"):
+        validate(load_config(base), world_size=0)
+
+
+def test_without_files_nothing_on_disk_is_looked_at():
+    config = load_config(
+        ["model.path=/nowhere", "env.name=gsm8k", "data.source=jsonl", "data.path=/nowhere.jsonl", "telemetry.trackers=[?]"]
+    )
+    assert validate(config, check_files=False) == []
+    with pytest.raises(ConfigError, match="/nowhere"):
+        validate(config)
+
+
+# ---- the model's files ----------------------------------------------------------------------------------------------------
+
+
+def _drop(name):
+    return lambda path: (path / name).unlink()
+
+
+def _write(name, text):
+    return lambda path: (path / name).write_text(text)
+
+
+BAD_MODELS = {
+    "no config": ({}, [_drop("config.json")], ["must hold config.json", "whole Hugging Face model directory"]),
+    "config not JSON": ({}, [_write("config.json", "{")], ["config.json` must be JSON", "Copy the model directory again"]),
+    "config a list": ({}, [_write("config.json", "[]")], ["must be one of llama, qwen2, qwen3", "`None`"]),
+    "other family": ({"model_type": "gpt2"}, [], ["family must be one of llama, qwen2, qwen3", "`gpt2`", "Choose a model"]),
+    "no heads": ({"num_attention_heads": None}, [], ["must give num_attention_heads", "Copy"]),
+    "quantised": ({"quantization_config": {"bits": 4}}, [], ["floating point", "quantised", "original weights"]),
+    "no weights": ({}, [_drop("model.safetensors")], ["*.safetensors", "no weight file", "save_pretrained"]),
+    "other weights": ({}, [_drop("model.safetensors"), _write("pytorch_model.bin", "")], ["only pytorch_model.bin", "Convert"]),
+    "shard absent": (
+        {},
+        [_write("model.safetensors.index.json", json.dumps({"weight_map": {"a": "one.safetensors", "b": "model.safetensors"}}))],
+        ["Every weight file", "1 of 2 are not", "`one.safetensors`", "Finish the download"],
+    ),
+    "index broken": ({}, [_write("model.safetensors.index.json", "[]")], ["weight_map", "can't be read", "Copy"]),
+    "no tokenizer": (
+        {},
+        [_drop("tokenizer.json")],
+        ["must hold the tokenizer", "tokenizer.json, tokenizer.model", "Copy the model's tokenizer"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "damages", "words"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_a_bad_model_directory_is_explained(tmp_path, changes, damages, words):
+    path = write_model_dir(tmp_path / "model", **changes)
+    for damage in damages:
+        damage(path)
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config([f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", *ARITHMETIC]))
+    says(caught.value, str(path), *words)
+
+
+def test_an_absent_model_directory_is_explained(base, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config([*base, "model.path=Someone/Some-Model"]))
+    says(caught.value, "must be the directory", "`Someone/Some-Model` (nothing is there)", "prepare_smollm2.py")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"\(a file\)"):
+        validate(load_config([*base, f"model.path={tmp_path / 'file'}"]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_model_as_transformers_writes_it_is_accepted(tmp_path, family):
+    from helpers.tiny import write_tiny_model
+
+    path = write_tiny_model(tmp_path / family, family)
+    overrides = [f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", "recipe=tiny", "env.chat_template=true"]
+    assert validate(load_config(overrides)) == []
+
+
+def test_all_weight_shards_present_is_accepted(base, model_dir):
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert validate(load_config(base)) == []
+
+
+def test_a_chat_template_is_needed_where_it_is_used(tmp_path):
+    path = write_model_dir(tmp_path / "model", chat_template=False)
+    overrides = [f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", "env.name=arithmetic"]
+    with pytest.raises(
+        ConfigError, match=r"needs a tokenizer with a chat template; .* has none\. Set `env\.chat_template=false`"
+    ):
+        validate(load_config(overrides))
+    assert validate(load_config([*overrides, "env.chat_template=false"])) == []
+    (path / "chat_template.jinja").write_text("x")
+    assert validate(load_config(overrides)) == []
+
+
+def test_a_sliding_window_bounds_the_length(tmp_path):
+    path = write_model_dir(tmp_path / "model", model_type="qwen2", use_sliding_window=True, sliding_window=512)
+    overrides = [f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", *ARITHMETIC]
+    with pytest.raises(ConfigError, match=r"sliding window.*1024 for a window of 512.*`rollout\.max_model_len=512`"):
+        validate(load_config(overrides))
+    assert validate(load_config([*overrides, "rollout.max_model_len=512"])) == []
+
+
+def test_the_cache_must_hold_one_trajectory_on_cpu(tmp_path):
+    # 2 x 64 layers x 8 heads x 128 x 2 bytes = 262,144 bytes a token: 4096 tokens fill 1 GiB exactly.
+    path = write_model_dir(
+        tmp_path / "model",
+        num_hidden_layers=64,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=9000,
+    )
+    overrides = [f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", *ARITHMETIC, "trainer.tokens_per_micro_batch=9000"]
+    fits, too_long = "rollout.max_model_len=4096", "rollout.max_model_len=4097"
+    assert validate(load_config([*overrides, fits, "trainer.device=cpu"])) == []
+    with pytest.raises(ConfigError, match=r"KV cache.*4097 tokens need 1\.00 GiB and it has 1\. Set `rollout\.kv_cache_gib=2`"):
+        validate(load_config([*overrides, too_long, "trainer.device=cpu"]))
+    assert len(validate(load_config([*overrides, too_long]))) == 1  # auto may mean cuda, where the setting has no effect
+    assert validate(load_config([*overrides, too_long, "trainer.device=cuda"])) == []
+
+
+# ---- around the run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_used_run_directory_is_refused_when_resuming_is_off(base, tmp_path):
+    never = load_config([*base, "checkpoint.resume=never"])
+    assert validate(never) == []
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert validate(never) == []  # an empty directory holds nothing to lose
+    (tmp_path / "run" / "checkpoints" / "step_000012.tmp").mkdir()
+    with pytest.raises(ConfigError, match=r"never needs an unused one.*checkpoints` is not empty.*checkpoint\.resume=auto"):
+        validate(never)
+    must = load_config([*base, "checkpoint.resume=must"])
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        validate(must)
+    (tmp_path / "run" / "checkpoints" / "step_000012").mkdir()
+    assert validate(must) == []
+
+
+def test_a_run_directory_that_can_not_be_written_is_refused(base, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"can be written; .*file` is a file\. Choose another"):
+        validate(load_config([*base, f"trainer.run_dir={tmp_path / 'file' / 'run'}"]))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(ConfigError, match="can't be written by this user"):
+        validate(load_config([*base, f"trainer.run_dir={tmp_path / 'new' / 'run'}"]))
+
+
+def test_prompt_files_are_looked_at(base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    overrides = [*base, "data.source=jsonl", f"data.path={rows}"]
+    with pytest.raises(ConfigError, match="an empty file"):
+        validate(load_config(overrides))
+    rows.write_text("{}\n")
+    assert validate(load_config(overrides)) == []
+    with pytest.raises(ConfigError, match=r"`data\.eval_path` is `nowhere`"):
+        validate(load_config([*overrides, "data.eval_path=nowhere"]))
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "state.json").write_text("{}")
+    assert validate(load_config([*base, "data.source=hf_dataset", f"data.path={tmp_path / 'dataset'}"])) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "package", "words"),
+    [
+        (["telemetry.trackers=[wandb]"], "wandb", ["`wandb` is not installed", "pip install 'skyrl-mega[wandb]'"]),
+        (["telemetry.trackers=[mlflow]"], "mlflow", ["`mlflow` is not installed", "pip install 'skyrl-mega[mlflow]'"]),
+        (["env.name=reasoning_gym"], "reasoning_gym", ["`env.name` is reasoning_gym", "pip install 'skyrl-mega[envs]'"]),
+        (["model.attention=flash"], "flash_attn", ["`model.attention` is flash", "pip install 'skyrl-mega[cuda]'"]),
+    ],
+)
+def test_an_absent_package_is_named_with_its_command(base, monkeypatch, overrides, package, words):
+    config = load_config([*base, *overrides])
+    monkeypatch.setattr(surroundings, "is_installed", lambda name: name != package)
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    says(caught.value, *words)
+    monkeypatch.setattr(surroundings, "is_installed", lambda name: True)
+    assert validate(config) == []
+
+
+def test_a_bare_directory_is_no_installed_package(tmp_path, monkeypatch):
+    """wandb leaves a directory named wandb where it ran; from there it must not look installed."""
+    (tmp_path / "some_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("some_tracker") is not None
+    assert not surroundings.is_installed("some_tracker")
+    (tmp_path / "some_tracker" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    importlib.invalidate_caches()
+    assert surroundings.is_installed("some_tracker")
+    assert surroundings.is_installed("json")
+
+
+def test_a_configuration_without_a_model_is_refused_by_validation_too(tmp_path):
+    config = dataclasses.replace(Config(), trainer=dataclasses.replace(Config().trainer, run_dir=str(tmp_path / "run")))
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    says(caught.value, "2 problems", "`model.path` must be the directory", "`env.name` must be a registered environment")
