@@ -105,7 +105,8 @@ class WeightSource(Protocol):
     def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """*All ranks.* (name, full tensor) in a fixed order, gathered over tensor and pipeline ranks, one at a time.
 
-        Yields the same tensors on every rank; only rank 0 needs to keep them.
+        Yields the same tensors on every rank; only rank 0 needs to keep them. A yielded tensor stays as it is until the
+        weights change (it may be a view of a parameter).
         """
         ...
 

@@ -121,7 +121,7 @@ class RolloutConfig:
     kv_cache_gib: int = opt(1, "KV cache on CPU, whole GiB.")
     gpu_memory_utilization: float = opt(0.45, "Share of GPU memory the engine may take (CUDA).")
     enforce_eager: bool = opt(True, "Run the engine without CUDA graphs or torch.compile.")
-    weight_bucket_mib: int = opt(256, "Most MiB of weights in flight at once; whole fused groups.")
+    weight_bucket_mib: int = opt(64, "Most MiB of weights in flight at once; whole fused groups.")
     probe_after_sync: bool = opt(False, "After each weight sync compare engine and policy logprobs on a few sequences.")
     probe_tolerance: float = opt(0.0, "Largest mean |logprob difference| the probe accepts; 0: 1e-3 in float32, 0.1 in bfloat16.")
     start_timeout_s: float = opt(300.0, "Deadline for the engine to come up.")

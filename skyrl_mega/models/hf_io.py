@@ -197,8 +197,8 @@ class HFExporter:
     def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """*All ranks, to the end.* (name, full contiguous tensor in `dtype`), gathered over tensor ranks, one at a time.
 
-        The tensor may share memory with a parameter and is valid until the next one is asked for: copy it to keep it, never write
-        to it. Raises DeadlineError.
+        The tensor may share memory with a parameter: never write to it, and copy it to keep it beyond the next update of the
+        weights. Raises DeadlineError.
         """
         weights = self._bridge.export_weights([self._policy])
         while True:

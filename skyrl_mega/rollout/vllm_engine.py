@@ -45,7 +45,7 @@ class VLLMEngine:
     """One vLLM engine, in this process or in child processes. Implements `protocols.RolloutEngine`."""
 
     def __init__(self, llm: vllm.LLM, rollout: RolloutConfig, *, random_stream: RandomStream | None, own_group: Any) -> None:
-        """Use `start`. An engine in this process has a `random_stream`; `own_group`: the default process group it made, if any."""
+        """Use `start`. An engine in this process has a `random_stream`; `own_group`: the default process group, if it made it."""
         self._llm: vllm.LLM | None = llm
         self._rollout = rollout
         self._random_stream = random_stream

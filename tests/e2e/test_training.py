@@ -28,6 +28,10 @@ from skyrl_mega.envs.base import Reply, TextEnvBase
 class EvenEnv(TextEnvBase):
     """Reward 1 when the first character of the answer has an even code."""
 
+    def __init__(self, level="", shots=0):
+        """Takes and ignores the arithmetic options that recipe=tiny sets."""
+        super().__init__()
+
     def pose(self, payload):
         return payload["text"]
 
@@ -61,7 +65,6 @@ def command(home: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[
         "recipe=tiny",
         f"model.path={home / 'model'}",
         "env.name=even_env:EvenEnv",
-        "env.options={}",
         f"trainer.run_dir={run_dir}",
         f"trainer.max_steps={STEPS}",
         "checkpoint.interval_steps=2",

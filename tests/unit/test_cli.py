@@ -96,7 +96,7 @@ def test_importing_the_entry_module_starts_nothing():
 def test_the_entry_module_is_the_train_command():
     done = python("-m", "skyrl_mega.train", "recipe=quickstart", "--print-config")
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["trainer"]["max_steps"] == 36
+    assert yaml.safe_load(done.stdout)["trainer"]["run_dir"] == "runs/quickstart"
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------------
