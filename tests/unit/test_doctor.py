@@ -115,10 +115,10 @@ FAILURES = {
     "other dependency": (with_versions(LAPTOP, numpy=None), "other", "numpy (not installed)", "pip install -e ."),
     "no metadata": (dataclasses.replace(LAPTOP, pins={}), "skyrl-mega", "not installed", "pip install -e ."),
     "small shm": (
-        dataclasses.replace(LAPTOP, shm_total_bytes=64 * 2**20, shm_free_bytes=64 * 2**20),
+        dataclasses.replace(LAPTOP, shm_total_bytes=32 * 2**20, shm_free_bytes=32 * 2**20),
         "/dev/shm",
-        "a weight bucket takes 256 MiB",
-        "`rollout.weight_bucket_mib=32`",
+        "a weight bucket takes 64 MiB",
+        "`rollout.weight_bucket_mib=16`",
     ),
     "no shm": (dataclasses.replace(LAPTOP, shm_total_bytes=None, shm_free_bytes=None), "/dev/shm", "absent", "mount a tmpfs"),
 }
