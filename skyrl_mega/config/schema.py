@@ -59,7 +59,7 @@ class ParallelConfig:
     context: int = opt(1, "Context-parallel size.")
     sequence_parallel: bool = opt(False, "Shard norm and dropout activations along the sequence over tensor ranks.")
     distributed_optimizer: bool = opt(True, "Shard optimizer state over data-parallel ranks (no effect with one rank).")
-    timeout_s: float = opt(600.0, "Deadline of every collective; a late rank ends the job with a message.")
+    timeout_s: float = opt(600.0, "Deadline of every wait between ranks, rollouts of rank 0 included; a late rank ends the job.")
 
 
 @dataclass(frozen=True)

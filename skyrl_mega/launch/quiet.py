@@ -6,6 +6,7 @@ by choice. Our own warnings are not touched. `SKYRL_MEGA_VERBOSE=1` keeps everyt
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -26,5 +27,7 @@ def quiet_libraries() -> None:
         return
     # torch's C++ side warns through its own log: vLLM's memory binding does, at every start.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Said at every start of a CPU engine, before vLLM has set up its log.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     for category, module in _NOTES:
         warnings.filterwarnings("ignore", category=category, module=module)
