@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from skyrl_mega.types import MicroBatch
+from skyrl_mega_kernels.linear_logprobs import LinearLogprobsOutput, linear_logprobs
 
 if TYPE_CHECKING:
-    import torch
-
     from skyrl_mega.config.schema import Config
     from skyrl_mega.parallel.topology import Topology
-    from skyrl_mega_kernels.linear_logprobs import LinearLogprobsOutput
 
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The same micro-batch with its tensors on `device`."""
-    import torch
-
     tensors = {f.name: getattr(micro_batch, f.name) for f in fields(micro_batch)}
     moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
     return replace(micro_batch, **moved)
@@ -38,8 +36,7 @@ def head_logprobs(
 
     `model` is the module that owns the LM head, wrapped or not.
     """
-    from skyrl_mega.models.build import output_weight, vocab_range
-    from skyrl_mega_kernels.linear_logprobs import linear_logprobs
+    from skyrl_mega.models.build import output_weight, unwrap, vocab_range
 
     start, _ = vocab_range(model)
     return linear_logprobs(
@@ -49,15 +46,8 @@ def head_logprobs(
         temperature=temperature,
         loss_mask=micro_batch.loss_mask,
         vocab_start=start,
-        vocab_size=vocab_size(model),
+        vocab_size=unwrap(model).vocab_size,
         tp_group=topology.tp_group if topology.tp_size > 1 else None,
         return_entropy=return_entropy,
         chunk_tokens=config.model.logprob_chunk_tokens,
     )
-
-
-def vocab_size(model: torch.nn.Module) -> int:
-    """The unpadded vocabulary size of a policy model, wrapped or not."""
-    while not hasattr(model, "vocab_size"):
-        model = model.module
-    return model.vocab_size

@@ -12,15 +12,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from skyrl_mega.algorithms.loss import LossStats, mean_stats, policy_objective
+from skyrl_mega.algorithms.policy_losses import LossInputs
+from skyrl_mega.algorithms.reductions import reduction_weights
 from skyrl_mega.errors import NumericsError
 from skyrl_mega.training import optimizer as optim
 from skyrl_mega.training.logprobs import head_logprobs, to_device
 from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
 
 if TYPE_CHECKING:
-    import torch
-
-    from skyrl_mega.algorithms.loss import LossStats
     from skyrl_mega.config.schema import Config
     from skyrl_mega.parallel.topology import Topology
 
@@ -32,7 +34,6 @@ class Policy:
     """
 
     def __init__(self, config: Config, topology: Topology, model: torch.nn.Module) -> None:
-        import torch
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.distributed import finalize_model_grads as finalize
 
@@ -108,12 +109,6 @@ class Policy:
 
     def _loss(self, batch: TrainBatch, micro_batch: MicroBatch, hidden_TH: torch.Tensor) -> tuple:
         """(objective, token count, statistics): the triple that Megatron's schedule expects of a loss function."""
-        import torch
-
-        from skyrl_mega.algorithms.loss import policy_objective
-        from skyrl_mega.algorithms.policy_losses import LossInputs
-        from skyrl_mega.algorithms.reductions import reduction_weights
-
         head = head_logprobs(
             hidden_TH,
             self.model,
@@ -147,8 +142,6 @@ class Policy:
 
     def _reduce(self, outputs: Sequence[LossStats]) -> Metrics:
         """The statistics of all micro-batches of all data-parallel ranks."""
-        from skyrl_mega.algorithms.loss import mean_stats
-
         sums = {name: sum(float(out.sums[name]) for out in outputs) for name in outputs[0].sums}
         maxima = {name: max(float(out.maxima[name]) for out in outputs) for name in outputs[0].maxima}
         reduce = self.topology.all_reduce_metrics
@@ -177,8 +170,6 @@ class Policy:
 
     def save_hf(self, output: str) -> None:
         """Writes the policy as a Hugging Face directory with the source's config and tokenizer files."""
-        import torch
-
         from skyrl_mega.models.hf_io import save_hf
 
         save_hf(self._exporter, self.config.model.path, output, getattr(torch, self.config.model.dtype))
@@ -203,8 +194,6 @@ def forward_logprobs(
     model: torch.nn.Module, batch: TrainBatch, config: Config, topology: Topology, *, temperature: float | None = None
 ) -> list[torch.Tensor]:
     """Log-probabilities of the labels without gradient: one float32 [T] on CPU per micro-batch. All ranks call."""
-    import torch
-
     from skyrl_mega.models.build import forward_hidden
 
     if not batch.micro_batches:
