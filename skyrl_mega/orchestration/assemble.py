@@ -13,6 +13,7 @@ from skyrl_mega.config.load import load_saved, save_resolved
 from skyrl_mega.config.schema import Config, as_dict
 from skyrl_mega.errors import BackendUnavailableError
 from skyrl_mega.orchestration.recorder import Recorder
+from skyrl_mega.orchestration.summary import FILE_NAME as SUMMARY_FILE
 from skyrl_mega.orchestration.summary import show_summary, write_summary
 from skyrl_mega.types import Metrics, TrainState
 
@@ -41,7 +42,8 @@ def run_training(config: Config) -> dict[str, Any]:
         if topology.rank == 0:
             for line in _save_config(config, run_dir):
                 recorder.note(line)
-        if start_step >= config.trainer.max_steps:
+        # Without a summary the last run died between its last checkpoint and its end: what is missing is made up for below.
+        if start_step >= config.trainer.max_steps and (run_dir / SUMMARY_FILE).is_file():
             recorder.note(f"{run_dir} has finished its {config.trainer.max_steps} steps; raise trainer.max_steps to go on.")
             return {}
         parts = _assemble(config, topology, recorder, checkpoint, stack)

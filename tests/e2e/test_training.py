@@ -5,6 +5,7 @@ One undisturbed run is the measure for the others: killed and resumed, on two te
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,19 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(undisturbed, hom
     summary, reference = (json.loads((d / "summary.json").read_text()) for d in (run_dir, reference_dir))
     for name in ("steps", "optimizer_steps", "trained_groups"):
         assert summary[name] == reference[name], name
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_summary_and_model(undisturbed, home):
+    reference_dir, _ = undisturbed
+    run_dir = home / "killed_late"
+    shutil.copytree(reference_dir, run_dir)
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "hf")
+    run(home, run_dir)
+    assert computed(run_dir) == computed(reference_dir)
+    assert (run_dir / "hf" / "model.safetensors").read_bytes() == (reference_dir / "hf" / "model.safetensors").read_bytes()
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == STEPS
+    assert "has finished its 4 steps" in run(home, run_dir)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
