@@ -191,7 +191,13 @@ def accelerators(machine: Machine, config: Config) -> Check:
     parts = {"transformer-engine": "TransformerEngine", "flash-attn": "flash-attn", "triton": "Triton"}
     found = ", ".join(f"{words} {machine.versions.get(name, 'absent')}" for name, words in parts.items())
     if machine.has_cuda and not {"transformer-engine", "flash-attn"} & set(machine.versions):
-        return Check("software", "accelerators", "warn", found, "Attention will be slow: `pip install 'skyrl-mega[cuda]'`.")
+        return Check(
+            "software",
+            "accelerators",
+            "warn",
+            found,
+            "Attention will be slow: `pip install 'skyrl-mega[te]'` or `'skyrl-mega[flash]'`.",
+        )
     return Check("software", "accelerators", "ok", found)
 
 

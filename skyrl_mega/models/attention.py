@@ -61,7 +61,7 @@ def _flash_problem(device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-attn has no kernels for {dtype}: set model.dtype=bfloat16"
     if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed: pip install 'skyrl-mega[cuda]'"
+        return "the package flash-attn is not installed: pip install 'skyrl-mega[flash]'"
     return ""
 
 
@@ -69,7 +69,7 @@ def _transformer_engine_problem(device: torch.device) -> str:
     if device.type != "cuda":
         return f"TransformerEngine runs on CUDA only and the device is {device.type}: set trainer.device=cuda"
     if importlib.util.find_spec("transformer_engine") is None:
-        return "the package transformer-engine is not installed: pip install 'skyrl-mega[cuda]'"
+        return "the package transformer-engine is not installed: pip install 'skyrl-mega[te]'"
     return ""
 
 

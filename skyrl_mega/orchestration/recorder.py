@@ -12,6 +12,7 @@ from pathlib import Path
 
 from skyrl_mega.config.schema import Config, as_dict
 from skyrl_mega.errors import DataError
+from skyrl_mega.telemetry.metrics import FILE_NAME as METRICS_FILE
 from skyrl_mega.telemetry.metrics import MetricsLog
 from skyrl_mega.telemetry.phases import PhaseTimer
 from skyrl_mega.telemetry.plots import plot_rewards
@@ -22,6 +23,10 @@ from skyrl_mega.types import Metrics, TrainSample, WeightVersion
 
 #: Above this mean |engine - policy| logprob difference training drifts away from what was sampled (docs: precision).
 MISMATCH_WARNING = {"float32": 0.01, "bfloat16": 0.15}
+
+
+#: Steps between two drawings of the reward curve (each takes a few tenths of a second); evaluations are drawn at once.
+PLOT_EVERY = 10
 
 
 class Recorder:
@@ -38,8 +43,10 @@ class Recorder:
         self._log: MetricsLog | None = None
         self._trackers = []
         if self.leads:
+            if start_step == 0:
+                _set_aside_earlier_records(self.run_dir)
             self._log = MetricsLog(self.run_dir)
-            self._log.rewind(start_step if start_step else -1)
+            self._log.rewind(start_step)
             self._trackers = make_trackers(
                 telemetry.trackers, self.run_dir, telemetry.project, as_dict(config), start_step=start_step
             )
@@ -81,7 +88,8 @@ class Recorder:
             for tracker in self._trackers:
                 tracker.log(row, step)
             self._display.step(step, row)
-            self._plot()
+            if "eval/accuracy" in row or step % PLOT_EVERY == 0 or step == self._config.trainer.max_steps:
+                self._plot()
             self._warn_of_mismatch(row)
         self._began = time.perf_counter()
         self._timer.start_step(step + 1)
@@ -120,3 +128,14 @@ class Recorder:
             stack.callback(self._timer.close)
             for tracker in [*self._trackers, *([self._log] if self._log is not None else [])]:
                 stack.callback(tracker.close)
+
+
+def _set_aside_earlier_records(run_dir: Path) -> None:
+    """Keeps the records of an earlier run that left no checkpoint to continue, under dated names."""
+    metrics = run_dir / METRICS_FILE
+    if not metrics.is_file():
+        return
+    date = time.strftime("%Y%m%d-%H%M%S", time.localtime(metrics.stat().st_mtime))
+    for path in (metrics, run_dir / "tensorboard"):
+        if path.exists():
+            path.rename(path.with_name(f"{path.stem}-{date}{path.suffix}"))
