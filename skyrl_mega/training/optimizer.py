@@ -56,7 +56,8 @@ def build_optimizer(
         for group in inner.param_groups:
             for parameter in group["params"]:
                 inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
+                    # Where the parameter is: the fused kernels count on the device.
+                    "step": torch.zeros((), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
