@@ -54,7 +54,7 @@ def run_training(config: Config) -> dict[str, Any]:
         state = train(parts)
         if config.checkpoint.export_hf:
             with recorder.status(f"writing the model to {run_dir / 'hf'}"):
-                _export(parts.policy, run_dir / "hf", topology)
+                parts.policy.save_hf(str(run_dir / "hf"))
         if topology.rank != 0:
             return {}
         summary = write_summary(config, state, startup_s=startup_s, implementation=_implementation(parts))
@@ -244,16 +244,6 @@ def _checkpoint_exporter(config: Config, topology: Topology, path: Path) -> Any:
     model = build_model(config, topology)
     load_model(path, model)
     return HFExporter(model, config.model.path, topology)
-
-
-def _export(policy: Policy, output: Path, topology: Topology) -> None:
-    """Replaces an earlier export of the same run."""
-    import shutil
-
-    if topology.rank == 0 and output.exists():
-        shutil.rmtree(output)
-    topology.barrier("export")
-    policy.save_hf(str(output))
 
 
 def _implementation(parts: Parts) -> dict[str, str]:

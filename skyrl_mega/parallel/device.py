@@ -40,7 +40,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import resource
 import sys
 import types
 import warnings
@@ -119,20 +118,6 @@ def resolve_device(name: str) -> torch.device:
 def set_threads(count: int) -> None:
     """Fixes the torch threads of this process. More than one helps only on idle cores: waiting threads stall small matmuls."""
     torch.set_num_threads(count)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes held so far: allocated by torch on CUDA, resident set of the process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the work queued on the device, so that a clock read next is honest."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def install_megatron_cpu_shim() -> ShimReport:

@@ -39,19 +39,6 @@ def rss_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def rss_tree_bytes() -> int:
-    """Resident memory now of this process and its living descendants; pages shared between them count more than once."""
-    import psutil
-
-    total = 0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:  # ended since it was listed
-            continue
-    return total
-
-
 def load_average() -> float:
     """Runnable processes of the machine, averaged over one minute."""
     return os.getloadavg()[0]

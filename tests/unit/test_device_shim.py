@@ -13,7 +13,7 @@ from helpers.spawn import run_ranks
 from helpers.tiny import write_tiny_model
 from skyrl_mega.errors import BackendUnavailableError
 from skyrl_mega.parallel import device as device_module
-from skyrl_mega.parallel.device import install_megatron_cpu_shim, peak_memory_bytes, resolve_device, set_threads
+from skyrl_mega.parallel.device import install_megatron_cpu_shim, resolve_device, set_threads
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is inert where CUDA exists")
 
@@ -234,10 +234,8 @@ def test_devices_are_resolved_by_name(monkeypatch):
         resolve_device("cuda")
 
 
-def test_threads_are_set_and_memory_is_measured():
+def test_threads_are_set():
     before = torch.get_num_threads()
     set_threads(1)
     assert torch.get_num_threads() == 1
     set_threads(before)
-    block = torch.ones(8_000_000)
-    assert peak_memory_bytes(torch.device("cpu")) > block.nbytes
