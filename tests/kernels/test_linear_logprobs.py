@@ -31,7 +31,7 @@ def eager(hidden, weight, labels, *, temperature=1.0, vocab_size=None):
 def run_with_grads(function, hidden, weight, labels, grads, **settings):
     """(logprobs, entropy, d hidden, d weight) in float64, for the loss grads[0] . logprobs + grads[1] . entropy."""
     hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    logprobs, entropy = function(hidden, weight, labels, **settings)
+    logprobs, entropy = function(hidden, weight, labels, **settings)[:2]
     (logprobs @ grads[0].to(logprobs.dtype) + entropy @ grads[1].to(logprobs.dtype)).backward()
     return [tensor.detach().double() for tensor in (logprobs, entropy, hidden.grad, weight.grad)]
 
@@ -68,11 +68,9 @@ def test_float64_inputs_give_float64_outputs_and_pass_gradcheck():
     mask = torch.tensor([True, False, True, True, True])
 
     def outputs(hidden, weight):
-        return tuple(
-            linear_logprobs(
-                hidden, weight, labels.clamp(max=5), loss_mask=mask, vocab_size=6, return_entropy=True, chunk_tokens=2
-            )
-        )
+        return linear_logprobs(
+            hidden, weight, labels.clamp(max=5), loss_mask=mask, vocab_size=6, return_entropy=True, chunk_tokens=2
+        )[:3]
 
     assert outputs(hidden, weight)[0].dtype == torch.float64
     assert torch.autograd.gradcheck(outputs, (hidden, weight))
@@ -116,10 +114,10 @@ def test_padded_vocabulary_columns_count_neither_forward_nor_backward():
 
 def test_entropy_of_a_uniform_distribution_is_log_vocab_and_of_a_certain_one_zero():
     weight = torch.zeros(50, 4)
-    _, entropy = linear_logprobs(torch.randn(3, 4), weight, torch.zeros(3, dtype=torch.int64), return_entropy=True)
+    _, entropy, *_ = linear_logprobs(torch.randn(3, 4), weight, torch.zeros(3, dtype=torch.int64), return_entropy=True)
     torch.testing.assert_close(entropy, torch.full((3,), 50.0).log())
     weight[7] = 100.0
-    logprobs, entropy = linear_logprobs(torch.ones(3, 4), weight, torch.full((3,), 7), return_entropy=True)
+    logprobs, entropy, *_ = linear_logprobs(torch.ones(3, 4), weight, torch.full((3,), 7), return_entropy=True)
     assert (logprobs == 0).all()
     assert (entropy.abs() < 1e-30).all()
 
@@ -134,7 +132,7 @@ def test_no_rows_at_all_give_zeros_that_are_still_part_of_the_graph(num_tokens):
     hidden, weight, labels, _ = make_case(num_tokens)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logprobs, entropy = linear_logprobs(
+    logprobs, entropy, *_ = linear_logprobs(
         hidden, weight, labels, loss_mask=torch.zeros(num_tokens, dtype=torch.bool), return_entropy=True
     )
     assert logprobs.shape == entropy.shape == (num_tokens,)
@@ -240,7 +238,9 @@ MEMORY_PROBE = """
     labels = torch.randint(0, vocab, (num_tokens,))
 
     def step(rows):
-        logprobs, entropy = linear_logprobs(hidden[:rows], weight, labels[:rows], return_entropy=True, chunk_tokens=chunk_tokens)
+        logprobs, entropy, *_ = linear_logprobs(
+            hidden[:rows], weight, labels[:rows], return_entropy=True, chunk_tokens=chunk_tokens, backend="reference"
+        )
         (logprobs + entropy).sum().backward()
 
     step(8)

@@ -1,7 +1,6 @@
-"""The contract of `linear_logprobs`: checks, row compaction, and the choice of a backend (one so far: the torch reference).
+"""The contract of `linear_logprobs`, and the checks of its arguments.
 
-Shape letters: T packed tokens, N the rows of them that are computed (loss_mask True), H hidden size, V this rank's columns
-of the vocabulary.
+Shape letters: T packed tokens, H hidden size, V this rank's columns of the vocabulary, K top-k.
 """
 
 from __future__ import annotations
@@ -11,16 +10,24 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from skyrl_mega_kernels.linear_logprobs.reference import ReferenceLinearLogprobs, VocabShard
+from skyrl_mega_kernels.linear_logprobs.ops import linear_logprobs_op
+from skyrl_mega_kernels.vocab_parallel import VocabShard, shard_of
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class LinearLogprobsOutput(NamedTuple):
-    """`logprobs` and `entropy` are [T]; float32, or float64 for float64 inputs. `entropy` is None unless it was asked for."""
+    """Per token, [T]; float32, or float64 for float64 inputs. What was not asked for is None.
+
+    `lse` is the log-sum-exp of the tempered logits. `topk_logprobs` [T, K], descending, and `topk_ids` int64 [T, K] carry no
+    gradient; where the vocabulary has fewer than K columns they end in -inf and -1.
+    """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
+    lse: torch.Tensor
+    topk_logprobs: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
 
 
 def linear_logprobs(
@@ -29,89 +36,115 @@ def linear_logprobs(
     labels: torch.Tensor,
     *,
     temperature: float = 1.0,
+    bias: torch.Tensor | None = None,
     loss_mask: torch.Tensor | None = None,
+    floor: torch.Tensor | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     return_entropy: bool = False,
+    top_k: int = 0,
     chunk_tokens: int = 1024,
+    batch_invariant: bool = False,
+    backend: str = "auto",
 ) -> LinearLogprobsOutput:
-    """Log-probabilities of `labels` under softmax(hidden @ weight.T / temperature), without materialising the [T, V] logits.
+    """Log-probabilities of `labels` under softmax((hidden @ weight.T + bias) / temperature), never holding the [T, V] logits.
 
-    hidden [T, H] and weight [V, H] share a dtype (bfloat16, float16, float32, float64) and device; labels int64 [T] are
-    global token ids; loss_mask bool [T]. Logits are computed in the inputs' dtype, the softmax in float32 (float64 for
-    float64 inputs). Rows where loss_mask is False cost nothing: they come out as exactly 0 and send no gradient back, and
-    their label may be anything. Entropy is that of the tempered distribution, and is differentiable.
+    hidden [T, H] and weight [V, H] share a dtype (bfloat16, float16, float32, float64) and device, bias [V] too; labels int64 [T]
+    are global token ids; loss_mask bool [T]. The softmax is float32 (float64 for float64 inputs). Rows where loss_mask is False
+    cost nothing: they come out as exactly 0 and send no gradient back, and their label may be anything. Logprobs, entropy (of
+    the tempered distribution) and lse are differentiable with respect to hidden, weight and bias.
+
+    `floor` float32 [T] truncates each row's distribution: columns whose tempered logit is below it are as if they were not
+    there, except the label's own (see `topk_logprobs.truncation_floor`). `top_k` > 0 also returns the K likeliest tokens.
 
     `weight` is this rank's shard of the vocabulary: global columns vocab_start .. vocab_start + V (None: equal shards in
     rank order). `vocab_size` counts the valid columns over all ranks (None: all of them); padding columns beyond it take no
-    part. At most `chunk_tokens` rows of logits exist at once, in the forward and in the backward pass (which recomputes
-    them).
+    part. Collective over `tp_group`, when given, in forward (one all-gather) and backward (one all-reduce): every rank passes
+    the same hidden, labels, masks and settings, and gets the same bits. Backward returns the complete gradient of `hidden`, so
+    the caller must NOT reduce it again. With `sequence_parallel`, hidden is this rank's [ceil(T / ranks), H] rows, in rank
+    order, and so is its gradient; the gather and the reduce-scatter happen here.
 
-    Collective over `tp_group`, when given, in forward and backward: every rank passes the same hidden, labels, loss_mask and
-    temperature, and gets the same output. One MAX and one SUM all-reduce forward; backward all-reduces the gradient of
-    `hidden`, so the caller must NOT reduce it again (after a sequence-parallel gather: split the gradient, do not
-    reduce-scatter it). The gradient of `weight` is summed over chunks in float32 and belongs to this rank's shard.
+    The gradient of `weight` belongs to this rank's shard and is summed in float32. Where the parameter carries Megatron's
+    float32 `main_grad` it is added there, and autograd gets none: call backward, not torch.autograd.grad, on such a parameter.
+
+    `chunk_tokens` bounds the rows of logits that the reference backend holds at once. `batch_invariant`: a row's result has the
+    same bits whatever else is in the batch (always so on cpu and triton; the reference computes whole chunks then).
+    `backend`: auto, reference, cpu, triton; see `skyrl_mega_kernels.backends`.
 
     Raises ValueError for shapes, dtypes or settings that do not fit, and for a label outside [0, vocab_size) in a row that
-    counts. Method: online softmax merged across shards, arXiv:1805.02867; recomputing backward, arXiv:2411.09009.
+    counts; BackendUnavailableError for a backend that can't run here.
+    Method: online softmax merged across shards, arXiv:1805.02867; recomputing backward, arXiv:2411.09009.
     """
-    _check_tensors(hidden, weight, labels, loss_mask)
-    if temperature <= 0:
-        raise ValueError(f"temperature ({temperature}) must be positive; greedy decoding has no log-probabilities to train on.")
+    shard = check_head(
+        hidden, weight, labels, loss_mask, bias, floor, temperature, vocab_start, vocab_size, tp_group, sequence_parallel
+    )
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens ({chunk_tokens}) must be at least 1.")
-    shard = _vocab_shard(weight.shape[0], vocab_start, vocab_size, tp_group)
+    if top_k < 0:
+        raise ValueError(f"top_k ({top_k}) must be 0 (none) or the number of tokens wanted.")
+    logprobs, entropy, lse, topk_logprobs, topk_ids = linear_logprobs_op(
+        *(hidden, weight, bias, labels, loss_mask, floor, float(temperature), shard.start, shard.vocab_size, shard.group),
+        *(sequence_parallel, return_entropy, top_k, chunk_tokens, batch_invariant, backend),
+    )
+    return LinearLogprobsOutput(
+        logprobs,
+        entropy if return_entropy else None,
+        lse,
+        topk_logprobs.detach() if top_k else None,
+        topk_ids if top_k else None,
+    )
 
-    num_tokens = hidden.shape[0]
-    rows = None if loss_mask is None else loss_mask.nonzero().squeeze(1)
-    if rows is not None:
-        hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-    _check_labels(labels, shard.vocab_size)
 
-    logprobs, entropy = ReferenceLinearLogprobs.apply(hidden, weight, labels, temperature, shard, return_entropy, chunk_tokens)
-    if rows is not None:
-        logprobs = logprobs.new_zeros(num_tokens).index_copy(0, rows, logprobs)
-        entropy = None if entropy is None else entropy.new_zeros(num_tokens).index_copy(0, rows, entropy)
-    return LinearLogprobsOutput(logprobs, entropy)
-
-
-def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor | None) -> None:
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    floor: torch.Tensor | None,
+    temperature: float,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    tp_group: dist.ProcessGroup | None,
+    sequence_parallel: bool,
+) -> VocabShard:
+    """The vocabulary shard of an LM-head call. Raises ValueError where its arguments do not fit together."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [T, H] and weight [V, H]; got {tuple(hidden.shape)} and {tuple(weight.shape)}.")
-    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise ValueError(
             f"hidden and weight must share a floating dtype; got {hidden.dtype} and {weight.dtype}: cast one of them."
         )
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 [{hidden.shape[0]}]; got {labels.dtype} {tuple(labels.shape)}.")
-    if loss_mask is not None and (loss_mask.shape != hidden.shape[:1] or loss_mask.dtype != torch.bool):
-        raise ValueError(f"loss_mask must be bool [{hidden.shape[0]}]; got {loss_mask.dtype} {tuple(loss_mask.shape)}.")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(f"bias must be {weight.dtype} [{weight.shape[0]}]; got {bias.dtype} {tuple(bias.shape)}.")
+    if temperature <= 0:
+        raise ValueError(f"temperature ({temperature}) must be positive; greedy decoding has no log-probabilities to train on.")
+    shard = shard_of(weight.shape[0], vocab_start, vocab_size, tp_group)
+    num_tokens = hidden.shape[0]
+    if sequence_parallel:
+        if not shard.group:
+            raise ValueError("sequence_parallel needs a tp_group of several ranks: hidden is one rank's rows of the sequence.")
+        ranks = dist.get_world_size(tp_group)
+        num_tokens = labels.shape[0]
+        if labels.dim() != 1 or -(-num_tokens // ranks) != hidden.shape[0]:
+            raise ValueError(
+                f"with sequence_parallel hidden must hold ceil(T / ranks) rows; got {hidden.shape[0]} for labels "
+                f"{tuple(labels.shape)} over {ranks} ranks."
+            )
+    check_per_token(num_tokens, labels, loss_mask, floor, hidden.dtype)
+    return shard
 
 
-def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
-    outside = (labels < 0) | (labels >= vocab_size)
-    if bool(outside.any()):
-        raise ValueError(
-            f"labels must lie in [0, {vocab_size}) wherever loss_mask is True; {int(outside.sum())} do not, the first is "
-            f"{int(labels[outside][0])}. Mask the rows that have no label."
-        )
-
-
-def _vocab_shard(
-    num_columns: int, vocab_start: int | None, vocab_size: int | None, tp_group: dist.ProcessGroup | None
-) -> VocabShard:
-    tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
-    if vocab_start is None:
-        vocab_start = 0 if tp_size == 1 else dist.get_rank(tp_group) * num_columns
-    if tp_size == 1 and vocab_start != 0:
-        raise ValueError(
-            f"vocab_start ({vocab_start}) must be 0 without a tp_group of several ranks: the other columns are nowhere."
-        )
-    if vocab_size is None:
-        vocab_size = num_columns * tp_size
-    if not 0 < vocab_size <= num_columns * tp_size:
-        raise ValueError(
-            f"vocab_size ({vocab_size}) must be positive and at most the columns of all shards ({num_columns} x {tp_size} ranks)."
-        )
-    return VocabShard(start=vocab_start, vocab_size=vocab_size, group=tp_group if tp_size > 1 else None)
+def check_per_token(
+    num_tokens: int, labels: torch.Tensor, loss_mask: torch.Tensor | None, floor: torch.Tensor | None, dtype: torch.dtype
+) -> None:
+    """Raises ValueError for labels, loss_mask or floor of the wrong shape or dtype."""
+    if labels.shape != (num_tokens,) or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 [{num_tokens}]; got {labels.dtype} {tuple(labels.shape)}.")
+    if loss_mask is not None and (loss_mask.shape != (num_tokens,) or loss_mask.dtype != torch.bool):
+        raise ValueError(f"loss_mask must be bool [{num_tokens}]; got {loss_mask.dtype} {tuple(loss_mask.shape)}.")
+    wanted = torch.promote_types(dtype, torch.float32)
+    if floor is not None and (floor.shape != (num_tokens,) or floor.dtype != wanted):
+        raise ValueError(f"floor must be {wanted} [{num_tokens}]; got {floor.dtype} {tuple(floor.shape)}.")

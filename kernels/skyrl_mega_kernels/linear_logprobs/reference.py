@@ -1,164 +1,244 @@
-"""The torch reference of `linear_logprobs`: chunks of rows, recomputed in the backward pass.
+"""The torch reference of the LM-head operators: chunks of rows, recomputed in the backward pass.
 
-The maths, per row, with logits z = hidden @ weight.T / temperature over the valid columns of all shards:
+Shape letters: N rows, C rows of one chunk, H hidden, U columns of this shard, K top-k. Logits are computed in the inputs' dtype
+and everything after them in float32 (float64 for float64 inputs). The contract of these functions, which every backend fulfils,
+is in `docs/kernels.md`; the maths of merging shards is in `vocab_parallel.py`.
 
-    m = max z          s = sum exp(z - m)          x = sum (z - m) exp(z - m)
-    lse = m + log s    logprob = z[label] - lse    entropy = log s - x / s
-
-Each tensor-parallel rank holds these for its own columns, relative to its own maximum m'. To a common maximum m they move by
-
-    s = s' exp(m' - m)        x = (x' + (m' - m) s') exp(m' - m)
-
-so one MAX all-reduce of m and one SUM of (s, x, z[label]) merge the shards, whatever the number of chunks. The running
-maximum starts at -inf (a shard of padding has no columns at all): starting at 0 loses every row whose logits are all near
--100. The entropy is kept in shifted form because -sum p log p from raw logits cancels badly in float32.
-
-With p = exp(z - lse), and g, e the incoming gradients of logprob and entropy:
-
-    d logprob / d z_j = [j == label] - p_j        d entropy / d z_j = -p_j (z_j - lse + entropy)
+The running maximum starts at -inf: starting at 0 loses every row whose logits are all near -100. The entropy is kept in
+shifted form because -sum p log p from raw logits cancels badly in float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.distributed as dist
-from torch.autograd.function import once_differentiable
+
+from skyrl_mega_kernels.vocab_parallel import empty_statistics
 
 
-@dataclass(frozen=True)
-class VocabShard:
-    """Which global columns this rank's weight holds: `start` onwards; columns from `vocab_size` on are padding.
+#: torch's matmuls choose their blocking by the number of rows; `ops.pad_rows` keeps that number fixed where it matters.
+BATCH_INVARIANT = False
 
-    `group` is None when one rank holds the whole vocabulary.
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: torch runs everywhere."""
+    return None
+
+
+def statistics(
+    hidden_NH: torch.Tensor,
+    weight_UH: torch.Tensor,
+    bias_U: torch.Tensor | None,
+    columns_N: torch.Tensor,
+    floor_N: torch.Tensor | None,
+    *,
+    temperature: float,
+    with_entropy: bool,
+    top_k: int,
+    chunk_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(packed_4N, topk_logits_NK, topk_columns_NK): max, sum exp(z - max), sum (z - max) exp(z - max) and z[label] of each row.
+
+    The sum with (z - max) stays 0 unless `with_entropy`; top-k is None unless `top_k` > 0, padded with -inf and column -1.
     """
-
-    start: int
-    vocab_size: int
-    group: dist.ProcessGroup | None
-
-    def num_valid(self, num_columns: int) -> int:
-        """How many of this rank's `num_columns` columns are real vocabulary."""
-        return min(max(self.vocab_size - self.start, 0), num_columns)
-
-    def local_labels(self, labels_N: torch.Tensor, num_valid: int) -> torch.Tensor:
-        """Column of each label in this rank's weight, -1 where another rank holds it."""
-        local_N = labels_N - self.start
-        return torch.where((local_N >= 0) & (local_N < num_valid), local_N, -1)
+    packed_4N = empty_statistics(hidden_NH, hidden_NH.shape[0])
+    topk = (packed_4N.new_empty(hidden_NH.shape[0], top_k), columns_N.new_empty(columns_N.shape[0], top_k)) if top_k else None
+    for rows in row_chunks(hidden_NH.shape[0], chunk_tokens):
+        logits_CU = chunk_logits(hidden_NH[rows], weight_UH, bias_U, temperature)
+        if topk is not None:
+            topk[0][rows], topk[1][rows] = top_logits(logits_CU, top_k)
+        apply_floor(logits_CU, columns_N[rows], None if floor_N is None else floor_N[rows])
+        reduce_logits(logits_CU, columns_N[rows], with_entropy, floor_N is not None, out_4C=packed_4N[:, rows])
+        del logits_CU  # else it would still be held while the next chunk's logits are made
+    return (packed_4N, *(topk or (None, None)))
 
 
-class ReferenceLinearLogprobs(torch.autograd.Function):
-    """(hidden_NH, weight_VH, labels_N, temperature, shard, return_entropy, chunk_tokens) -> (logprobs_N, entropy_N | None)."""
+def gradients(
+    hidden_NH: torch.Tensor,
+    weight_UH: torch.Tensor,
+    bias_U: torch.Tensor | None,
+    columns_N: torch.Tensor,
+    floor_N: torch.Tensor | None,
+    lse_N: torch.Tensor,
+    coefficients_3N: torch.Tensor,
+    *,
+    temperature: float,
+    grad_hidden_NH: torch.Tensor | None,
+    grad_weight_UH: torch.Tensor | None,
+    grad_bias_U: torch.Tensor | None,
+    accumulate: bool,
+    chunk_tokens: int,
+) -> None:
+    """Fills the wanted gradients; see `grad_logits` for the coefficients.
 
-    @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, labels_N, temperature, shard, return_entropy, chunk_tokens):
-        num_valid = shard.num_valid(weight_VH.shape[0])
-        local_N = shard.local_labels(labels_N, num_valid)
-        statistics = _local_statistics(hidden_NH, weight_VH[:num_valid], local_N, temperature, return_entropy, chunk_tokens)
-        max_N, sum_N, shifted_N, label_logit_N = _merge_shards(*statistics, shard.group)
-
-        log_sum_N = sum_N.log()
-        lse_N = max_N + log_sum_N
-        # Subtracting the maximum first keeps the difference exact where logits are large and close together.
-        logprobs_N = (label_logit_N - max_N) - log_sum_N
-        entropy_N = log_sum_N - shifted_N / sum_N if return_entropy else None
-        ctx.save_for_backward(hidden_NH, weight_VH, local_N, lse_N, entropy_N)
-        ctx.settings = (temperature, shard, chunk_tokens, num_valid)
-        return logprobs_N, entropy_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logprobs_N, grad_entropy_N):
-        hidden_NH, weight_VH, local_N, lse_N, entropy_N = ctx.saved_tensors
-        temperature, shard, chunk_tokens, num_valid = ctx.settings
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        weight_UH = weight_VH[:num_valid]
-        # float32 also between ranks: a sum of shards in bfloat16 is a hundred times less exact.
-        grad_hidden_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=lse_N.dtype) if needs_hidden else None
-        grad_weight_VH = weight_VH.new_zeros(weight_VH.shape, dtype=lse_N.dtype) if needs_weight else None
-
-        for rows in _chunks(hidden_NH.shape[0] if num_valid else 0, chunk_tokens):
-            incoming = (
-                (grad_logprobs_N[rows],) if entropy_N is None else (grad_logprobs_N[rows], entropy_N[rows], grad_entropy_N[rows])
-            )
-            grad_CU = _grad_logits(_logits(hidden_NH[rows], weight_UH, temperature), local_N[rows], lse_N[rows], *incoming)
-            grad_CU = grad_CU.div_(temperature).to(hidden_NH.dtype)
-            if grad_hidden_NH is not None:
-                grad_hidden_NH[rows] = (grad_CU @ weight_UH).to(lse_N.dtype)
-            if grad_weight_VH is not None:
-                grad_weight_VH[:num_valid] += grad_CU.t() @ hidden_NH[rows]
-            del grad_CU
-
-        if grad_hidden_NH is not None:
-            if shard.group is not None and grad_hidden_NH.numel():
-                dist.all_reduce(grad_hidden_NH, group=shard.group)
-            grad_hidden_NH = grad_hidden_NH.to(hidden_NH.dtype)
-        if grad_weight_VH is not None:
-            grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
-        return grad_hidden_NH, grad_weight_VH, None, None, None, None, None
+    grad_hidden is overwritten; grad_weight and grad_bias are added to with `accumulate`, else overwritten. A grad_weight in
+    the weight's own 16-bit dtype is summed in float32 and rounded once.
+    """
+    summed_UH = grad_weight_UH
+    if grad_weight_UH is not None and not accumulate:
+        summed_UH = grad_weight_UH if grad_weight_UH.dtype == lse_N.dtype else grad_weight_UH.to(lse_N.dtype)
+        summed_UH.zero_()
+    if grad_bias_U is not None and not accumulate:
+        grad_bias_U.zero_()
+    for rows in row_chunks(hidden_NH.shape[0], chunk_tokens):
+        logits_CU = chunk_logits(hidden_NH[rows], weight_UH, bias_U, temperature)
+        apply_floor(logits_CU, columns_N[rows], None if floor_N is None else floor_N[rows])
+        _accumulate_chunk(
+            grad_logits(logits_CU, columns_N[rows], lse_N[rows], coefficients_3N[:, rows], floor_N is not None).div_(temperature),
+            hidden_NH[rows],
+            weight_UH,
+            None if grad_hidden_NH is None else grad_hidden_NH[rows],
+            summed_UH,
+            grad_bias_U,
+        )
+        del logits_CU
+    if grad_weight_UH is not None and summed_UH is not grad_weight_UH:
+        grad_weight_UH.copy_(summed_UH)
 
 
-def _chunks(num_rows: int, chunk_tokens: int) -> list[slice]:
+# -- chunks whose logits are kept (linear_policy_loss) ----------------------------------------------------------------------
+
+
+def workspace_size(num_rows: int, num_columns: int, dtype: torch.dtype) -> int:
+    """Elements (float32, or float64 for float64 inputs) that hold the logits of one chunk between its two calls."""
+    return num_rows * num_columns
+
+
+def chunk_statistics(
+    hidden_CH: torch.Tensor,
+    weight_UH: torch.Tensor,
+    bias_U: torch.Tensor | None,
+    columns_C: torch.Tensor,
+    floor_C: torch.Tensor | None,
+    workspace: torch.Tensor,
+    *,
+    temperature: float,
+    with_entropy: bool,
+) -> torch.Tensor:
+    """packed_4C as `statistics` has it; the chunk's tempered logits stay in `workspace`."""
+    logits_CU = workspace[: hidden_CH.shape[0] * weight_UH.shape[0]].view(hidden_CH.shape[0], weight_UH.shape[0])
+    logits_CU.copy_(chunk_logits(hidden_CH, weight_UH, bias_U, temperature))
+    apply_floor(logits_CU, columns_C, floor_C)
+    packed_4C = empty_statistics(hidden_CH, hidden_CH.shape[0])
+    reduce_logits(logits_CU.clone(), columns_C, with_entropy, floor_C is not None, out_4C=packed_4C)
+    return packed_4C
+
+
+def chunk_gradients(
+    hidden_CH: torch.Tensor,
+    weight_UH: torch.Tensor,
+    columns_C: torch.Tensor,
+    floor_C: torch.Tensor | None,
+    lse_C: torch.Tensor,
+    coefficients_3C: torch.Tensor,
+    workspace: torch.Tensor,
+    *,
+    temperature: float,
+    grad_hidden_CH: torch.Tensor | None,
+    grad_weight_UH: torch.Tensor | None,
+    grad_bias_U: torch.Tensor | None,
+) -> None:
+    """As `gradients` with accumulate=True, from the logits that `chunk_statistics` left in `workspace`; destroys them."""
+    logits_CU = workspace[: hidden_CH.shape[0] * weight_UH.shape[0]].view(hidden_CH.shape[0], weight_UH.shape[0])
+    grad_CU = grad_logits(logits_CU, columns_C, lse_C, coefficients_3C, floor_C is not None).div_(temperature)
+    _accumulate_chunk(grad_CU, hidden_CH, weight_UH, grad_hidden_CH, grad_weight_UH, grad_bias_U)
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def row_chunks(num_rows: int, chunk_tokens: int) -> list[slice]:
+    """Slices of at most `chunk_tokens` rows."""
     return [slice(start, min(start + chunk_tokens, num_rows)) for start in range(0, num_rows, chunk_tokens)]
 
 
-def _logits(hidden_CH: torch.Tensor, weight_UH: torch.Tensor, temperature: float) -> torch.Tensor:
+def chunk_logits(
+    hidden_CH: torch.Tensor, weight_UH: torch.Tensor, bias_U: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
     """Tempered logits of one chunk in the softmax's dtype; the matmul itself runs in the inputs' dtype."""
     logits_CU = hidden_CH @ weight_UH.t()
-    return logits_CU.to(torch.promote_types(logits_CU.dtype, torch.float32)).div_(temperature)
+    logits_CU = logits_CU.to(torch.promote_types(logits_CU.dtype, torch.float32))
+    if bias_U is not None:
+        logits_CU += bias_U
+    return logits_CU.div_(temperature)
 
 
-def _local_statistics(hidden_NH, weight_UH, local_N, temperature, return_entropy, chunk_tokens):
-    """(m', s', x', z[label]) of every row over this rank's valid columns; x' stays 0 unless the entropy is wanted."""
-    dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-    statistics_4N = hidden_NH.new_zeros((4, hidden_NH.shape[0]), dtype=dtype)
-    statistics_4N[0] = -torch.inf
-    if weight_UH.shape[0] > 0:
-        for rows in _chunks(hidden_NH.shape[0], chunk_tokens):
-            logits_CU = _logits(hidden_NH[rows], weight_UH, temperature)
-            _reduce_chunk(logits_CU, local_N[rows], return_entropy, out_4C=statistics_4N[:, rows])
-            del logits_CU  # else it would still be held while the next chunk's logits are made
-    return statistics_4N.unbind(0)
+def apply_floor(logits_CU: torch.Tensor, columns_C: torch.Tensor, floor_C: torch.Tensor | None) -> None:
+    """Sets the logits below the row's floor to -inf, in place, except the label's own."""
+    if floor_C is not None:
+        excluded_CU = logits_CU < floor_C.unsqueeze(1)
+        held_C = columns_C >= 0
+        own_C = columns_C.clamp(min=0).unsqueeze(1)
+        excluded_CU.scatter_(1, own_C, excluded_CU.gather(1, own_C) & ~held_C.unsqueeze(1))
+        logits_CU.masked_fill_(excluded_CU, -torch.inf)
 
 
-def _reduce_chunk(logits_CU, local_C, return_entropy, *, out_4C):
-    """Fills one chunk's statistics; overwrites `logits_CU`."""
+def top_logits(logits_CU: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logits of each row, descending, and their columns; the lower column first where they tie."""
+    found = min(top_k, logits_CU.shape[1])
+    # torch.topk leaves the order of ties open. The candidates, all columns at or above the K-th value, are put in order.
+    kth_C1 = logits_CU.topk(found, dim=1).values[:, -1:]
+    is_above_CU = logits_CU > kth_C1
+    ties_wanted_C1 = found - is_above_CU.sum(1, keepdim=True)
+    is_tie_CU = logits_CU == kth_C1
+    chosen_CU = is_above_CU | (is_tie_CU & (is_tie_CU.cumsum(1) <= ties_wanted_C1))
+    columns_CK = chosen_CU.nonzero()[:, 1].view(-1, found)
+    values_CK = logits_CU.gather(1, columns_CK)
+    order_CK = values_CK.argsort(dim=1, descending=True, stable=True)
+    values_CK, columns_CK = values_CK.gather(1, order_CK), columns_CK.gather(1, order_CK)
+    missing = top_k - found
+    pad = torch.nn.functional.pad
+    return pad(values_CK, (0, missing), value=-torch.inf), pad(columns_CK, (0, missing), value=-1)
+
+
+def reduce_logits(
+    logits_CU: torch.Tensor, columns_C: torch.Tensor, with_entropy: bool, has_excluded: bool, *, out_4C: torch.Tensor
+) -> None:
+    """Fills one chunk's statistics; overwrites `logits_CU`, where excluded columns hold -inf."""
     max_C, sum_C, shifted_C, label_logit_C = out_4C.unbind(0)
-    at_label_C = logits_CU.gather(1, local_C.clamp(min=0).unsqueeze(1)).squeeze(1)
-    label_logit_C.copy_(torch.where(local_C >= 0, at_label_C, 0.0))
+    at_label_C = logits_CU.gather(1, columns_C.clamp(min=0).unsqueeze(1)).squeeze(1)
+    label_logit_C.copy_(torch.where(columns_C >= 0, at_label_C, 0.0))
     max_C.copy_(logits_CU.amax(dim=1))
-    logits_CU.sub_(max_C.unsqueeze(1))
-    if return_entropy:
+    # A row whose columns here are all excluded keeps m = -inf and s = 0.
+    logits_CU.sub_(torch.where(max_C.isneginf(), 0.0, max_C).unsqueeze(1))
+    if with_entropy:
         exp_CU = logits_CU.exp()
         sum_C.copy_(exp_CU.sum(dim=1))
-        shifted_C.copy_(exp_CU.mul_(logits_CU).sum(dim=1))
+        shifted_C.copy_(exp_CU.mul_(_finite(logits_CU, has_excluded)).sum(dim=1))
     else:
         sum_C.copy_(logits_CU.exp_().sum(dim=1))
 
 
-def _merge_shards(local_max_N, sum_N, shifted_N, label_logit_N, group):
-    """The statistics over all shards, equal on every rank: one MAX and one packed SUM all-reduce."""
-    if group is None or local_max_N.numel() == 0:
-        return local_max_N, sum_N, shifted_N, label_logit_N
-    max_N = local_max_N.clone()
-    dist.all_reduce(max_N, dist.ReduceOp.MAX, group=group)
-    # A shard of padding only has m' = -inf and s' = 0: it contributes 0, not the NaN of -inf * 0.
-    shift_N = torch.where(local_max_N.isneginf(), 0.0, local_max_N - max_N)
-    scale_N = shift_N.exp()
-    packed_3N = torch.stack([sum_N * scale_N, (shifted_N + shift_N * sum_N) * scale_N, label_logit_N])
-    dist.all_reduce(packed_3N, group=group)
-    return (max_N, *packed_3N.unbind(0))
+def grad_logits(
+    logits_CU: torch.Tensor,
+    columns_C: torch.Tensor,
+    lse_C: torch.Tensor,
+    coefficients_3C: torch.Tensor,
+    has_excluded: bool,
+) -> torch.Tensor:
+    """Gradient with respect to the tempered logits of one chunk, p (a + b (z - lse)) + c [j == label]; overwrites `logits_CU`.
 
-
-def _grad_logits(logits_CU, local_C, lse_C, grad_logprobs_C, entropy_C=None, grad_entropy_C=None):
-    """Gradient with respect to the tempered logits of one chunk; overwrites `logits_CU`."""
+    p = exp(z - lse); (a, b, c) are the rows of `coefficients_3C`. Excluded columns hold -inf and get 0.
+    """
+    a_C, b_C, c_C = coefficients_3C.unbind(0)
     logprobs_CU = logits_CU.sub_(lse_C.unsqueeze(1))
     probs_CU = logprobs_CU.exp()
-    if entropy_C is None:
-        grad_CU = probs_CU.mul_(-grad_logprobs_C.unsqueeze(1))
-    else:
-        slope_CU = logprobs_CU.add_(entropy_C.unsqueeze(1)).mul_(grad_entropy_C.unsqueeze(1))
-        grad_CU = slope_CU.add_(grad_logprobs_C.unsqueeze(1)).mul_(probs_CU).neg_()
-    held_C = local_C >= 0
-    return grad_CU.scatter_add_(1, local_C.clamp(min=0).unsqueeze(1), torch.where(held_C, grad_logprobs_C, 0.0).unsqueeze(1))
+    slope_CU = _finite(logprobs_CU, has_excluded).mul_(b_C.unsqueeze(1)).add_(a_C.unsqueeze(1))
+    grad_CU = slope_CU.mul_(probs_CU)
+    held_C = columns_C >= 0
+    return grad_CU.scatter_add_(1, columns_C.clamp(min=0).unsqueeze(1), torch.where(held_C, c_C, 0.0).unsqueeze(1))
+
+
+def _finite(logits_CU: torch.Tensor, has_excluded: bool) -> torch.Tensor:
+    """The same tensor with the -inf of excluded columns as 0: their probability is 0, and 0 * -inf would be NaN."""
+    return logits_CU.masked_fill_(logits_CU.isneginf(), 0.0) if has_excluded else logits_CU
+
+
+def _accumulate_chunk(grad_CU, hidden_CH, weight_UH, grad_hidden_CH, grad_weight_UH, grad_bias_U) -> None:
+    """Adds one chunk's share to the gradients; `grad_CU` is with respect to the untempered logits."""
+    if grad_bias_U is not None:
+        grad_bias_U += grad_CU.sum(0)
+    grad_CU = grad_CU.to(hidden_CH.dtype)
+    if grad_hidden_CH is not None:
+        grad_hidden_CH.copy_(grad_CU @ weight_UH)
+    if grad_weight_UH is not None:
+        grad_weight_UH += grad_CU.t() @ hidden_CH
