@@ -31,10 +31,14 @@ ENVIRONMENT = "SKYRL_MEGA_KERNELS"
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator and the backends it has, best first."""
+    """An operator and the backends it has, best first.
+
+    Its modules lie in the folder of its name, unless it is made of another operator's: then `package` names that one.
+    """
 
     name: str
     backends: tuple[str, ...]
+    package: str = ""
     _ran: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -42,7 +46,7 @@ class Operator:
 
     def module(self, backend: str) -> ModuleType:
         """The module that implements `backend`; it is imported at the first call."""
-        return importlib.import_module(f"skyrl_mega_kernels.{self.name}.{backend}")
+        return importlib.import_module(f"skyrl_mega_kernels.{self.package or self.name}.{backend}")
 
     def unavailable(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why `backend` can't run for tensors of this device and dtype; None where it can."""

@@ -57,9 +57,7 @@ class MergedStatistics(NamedTuple):
     topk_ids: torch.Tensor | None
 
 
-def shard_of(
-    num_columns: int, vocab_start: int | None, vocab_size: int | None, tp_group: dist.ProcessGroup | None
-) -> VocabShard:
+def shard_of(num_columns: int, vocab_start: int | None, vocab_size: int | None, tp_group: dist.ProcessGroup | None) -> VocabShard:
     """The shard that the arguments of an operator describe. Raises ValueError where they contradict each other."""
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
     if vocab_start is None:

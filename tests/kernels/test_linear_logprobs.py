@@ -1,4 +1,4 @@
-"""linear_logprobs against float64 autograd of the plain formula, on one rank and over a vocabulary split in two."""
+"""linear_logprobs against float64 autograd of the plain formula, on one rank and over a split vocabulary, on every backend."""
 
 import os
 import subprocess
@@ -8,55 +8,31 @@ import textwrap
 import pytest
 import torch
 
+from helpers.lm_head import assert_as_good_as_eager, eager, make_case, oracle, require, run_with_grads
 from helpers.spawn import run_ranks
+from skyrl_mega.errors import BackendUnavailableError
+from skyrl_mega_kernels.backends import backends_that_ran
 from skyrl_mega_kernels.linear_logprobs import linear_logprobs
+from skyrl_mega_kernels.linear_logprobs.ops import linear_logprobs_backward_op, linear_logprobs_op
 
 
-def make_case(num_tokens=37, hidden_size=24, vocab=101, *, dtype=torch.float32, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_tokens, hidden_size, generator=generator).mul(scale).to(dtype)
-    weight = torch.randn(vocab, hidden_size, generator=generator).mul(hidden_size**-0.5).to(dtype)
-    labels = torch.randint(0, vocab, (num_tokens,), generator=generator)
-    grads = torch.randn(2, num_tokens, generator=generator)
-    return hidden, weight, labels, grads
-
-
-def eager(hidden, weight, labels, *, temperature=1.0, vocab_size=None):
-    """The formula, materialised: logits in the inputs' dtype, softmax in float32 or better."""
-    logits = (hidden @ weight[:vocab_size].t()).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-    table = logits.log_softmax(-1)
-    return table.gather(1, labels[:, None])[:, 0], -(table.exp() * table).sum(-1)
-
-
-def run_with_grads(function, hidden, weight, labels, grads, **settings):
-    """(logprobs, entropy, d hidden, d weight) in float64, for the loss grads[0] . logprobs + grads[1] . entropy."""
-    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    logprobs, entropy = function(hidden, weight, labels, **settings)[:2]
-    (logprobs @ grads[0].to(logprobs.dtype) + entropy @ grads[1].to(logprobs.dtype)).backward()
-    return [tensor.detach().double() for tensor in (logprobs, entropy, hidden.grad, weight.grad)]
-
-
-def oracle(hidden, weight, labels, grads, **settings):
-    return run_with_grads(eager, hidden.double(), weight.double(), labels, grads.double(), **settings)
-
-
-def assert_as_good_as_eager(ours, same_dtype_eager, exact, *, factor=2.5, floor=2e-6):
-    for name, mine, theirs, true in zip(
-        ("logprobs", "entropy", "d_hidden", "d_weight"), ours, same_dtype_eager, exact, strict=True
-    ):
-        scale = max(1.0, true.abs().max().item())
-        error, allowed = (mine - true).abs().max().item(), factor * (theirs - true).abs().max().item() + floor * scale
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+@pytest.fixture(params=["reference", "cpu"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test of this file runs on each backend; what a backend can't do (float64 on cpu) `auto` leaves to the reference."""
+    require(request.param)
+    monkeypatch.setenv("SKYRL_MEGA_KERNELS", "auto" if request.param == "cpu" else "reference")
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 1024])
-def test_values_and_gradients_match_the_float64_oracle_for_any_chunking(dtype, chunk_tokens):
+def test_values_and_gradients_match_the_float64_oracle_for_any_chunking(dtype, chunk_tokens, backend):
     hidden, weight, labels, grads = make_case(dtype=dtype)
     settings = dict(temperature=0.7)
     ours = run_with_grads(
         linear_logprobs, hidden, weight, labels, grads, return_entropy=True, chunk_tokens=chunk_tokens, **settings
     )
+    assert backend in backends_that_ran()["linear_logprobs"]
     reference = run_with_grads(eager, hidden, weight, labels, grads, **settings)
     assert_as_good_as_eager(ours, reference, oracle(hidden, weight, labels, grads, **settings))
 
@@ -181,11 +157,13 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         linear_logprobs(**{"hidden": hidden, "weight": weight, "labels": labels, **change})
 
 
-def tensor_parallel_rank(rank: int) -> None:
+def tensor_parallel_rank(rank: int, backend: str) -> None:
+    os.environ["SKYRL_MEGA_KERNELS"] = backend
     torch.distributed.init_process_group("gloo")
-    # 97: the second shard is ragged. 50: it holds nothing but padding.
+    # 97: the last shard is ragged. 50: with two ranks the second holds nothing but padding.
     for dtype, vocab_size in [(torch.float32, 97), (torch.float32, 50), (torch.bfloat16, 97)]:
         compare_shard_with_whole_vocabulary(rank, dtype, vocab_size)
+        compare_sequence_parallel(rank, dtype, vocab_size)
     torch.distributed.destroy_process_group()
 
 
@@ -194,7 +172,8 @@ def compare_shard_with_whole_vocabulary(rank: int, dtype: torch.dtype, vocab_siz
     hidden, weight, labels, grads = make_case(dtype=dtype, vocab=100)
     labels = labels % vocab_size
     mask = torch.arange(len(labels)) % 3 != 1
-    columns = slice(rank * 50, (rank + 1) * 50)
+    width = 100 // torch.distributed.get_world_size()
+    columns = slice(rank * width, (rank + 1) * width)
     settings = dict(temperature=0.8, return_entropy=True, loss_mask=mask, vocab_size=vocab_size, chunk_tokens=5)
     group = torch.distributed.group.WORLD
     ours = run_with_grads(linear_logprobs, hidden, weight[columns], labels, grads, tp_group=group, **settings)
@@ -206,7 +185,7 @@ def compare_shard_with_whole_vocabulary(rank: int, dtype: torch.dtype, vocab_siz
         for mine, true in zip(ours, whole, strict=True):
             torch.testing.assert_close(mine, true, rtol=tolerance, atol=tolerance)
     for mine in ours[:3]:
-        torch.distributed.all_gather(gathered := [torch.empty_like(mine) for _ in range(2)], mine)
+        torch.distributed.all_gather(gathered := [torch.empty_like(mine) for _ in range(100 // width)], mine)
         assert all(torch.equal(other, mine) for other in gathered), "ranks must hold identical outputs"
 
     nothing = run_with_grads(
@@ -220,9 +199,156 @@ def compare_shard_with_whole_vocabulary(rank: int, dtype: torch.dtype, vocab_siz
     )
     assert all((tensor == 0).all() for tensor in nothing)
 
+    topk = linear_logprobs(hidden, weight[columns], labels, tp_group=group, top_k=7, **settings)
+    whole = linear_logprobs(hidden, weight, labels, top_k=7, **settings)
+    torch.testing.assert_close(topk.topk_logprobs, whole.topk_logprobs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(topk.topk_ids, whole.topk_ids)
 
-def test_two_vocabulary_shards_equal_one_and_ranks_hold_identical_outputs():
-    run_ranks(tensor_parallel_rank, 2)
+
+def compare_sequence_parallel(rank: int, dtype: torch.dtype, vocab_size: int) -> None:
+    """Each rank holding its own rows of the sequence (the last one padded) against each holding all of them."""
+    hidden, weight, labels, grads = make_case(dtype=dtype, vocab=100)
+    labels = labels % vocab_size
+    ranks = torch.distributed.get_world_size()
+    width, per_rank = 100 // ranks, -(-len(labels) // ranks)
+    weight = weight[rank * width : (rank + 1) * width]
+    settings = dict(vocab_size=vocab_size, tp_group=torch.distributed.group.WORLD, return_entropy=True)
+    whole = run_with_grads(linear_logprobs, hidden, weight, labels, grads, **settings)
+    mine = torch.nn.functional.pad(hidden, (0, 0, 0, per_rank * ranks - len(labels)))[rank * per_rank : (rank + 1) * per_rank]
+    ours = run_with_grads(linear_logprobs, mine, weight, labels, grads, sequence_parallel=True, **settings)
+    for name in (0, 1, 3):
+        assert torch.equal(ours[name], whole[name])
+    expected = torch.nn.functional.pad(whole[2], (0, 0, 0, per_rank * ranks - len(labels)))
+    torch.testing.assert_close(ours[2], expected[rank * per_rank : (rank + 1) * per_rank], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_vocabulary_shards_equal_one_and_ranks_hold_identical_outputs(ranks, backend):
+    run_ranks(tensor_parallel_rank, ranks, "auto" if backend == "cpu" else backend)
+
+
+def test_lse_is_that_of_the_tempered_logits_and_differentiable():
+    hidden, weight, labels, grads = make_case()
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    true = eager(*exact, labels, temperature=0.7)[2]
+    (true @ grads[0].double()).backward()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    ours = linear_logprobs(hidden, weight, labels, temperature=0.7).lse
+    torch.testing.assert_close(ours.double(), true, rtol=1e-6, atol=1e-6)
+    (ours @ grads[0]).backward()
+    torch.testing.assert_close(hidden.grad.double(), exact[0].grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight.grad.double(), exact[1].grad, rtol=1e-5, atol=1e-6)
+
+
+def test_bias_counts_forward_and_gets_its_gradient():
+    hidden, weight, labels, grads = make_case()
+    bias = torch.linspace(-2, 2, len(weight))
+    exact = bias.double().requires_grad_()
+    true = eager(hidden.double(), weight.double(), labels, bias=exact, temperature=0.7)
+    (true[0] @ grads[0].double() + true[1] @ grads[1].double()).backward()
+    bias.requires_grad_()
+    ours = linear_logprobs(hidden, weight, labels, bias=bias, temperature=0.7, return_entropy=True)
+    torch.testing.assert_close(ours.logprobs.double(), true[0], rtol=1e-5, atol=1e-5)
+    (ours.logprobs @ grads[0] + ours.entropy @ grads[1]).backward()
+    torch.testing.assert_close(bias.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_floor_leaves_out_what_is_below_it_but_never_the_label(dtype):
+    hidden, weight, labels, grads = make_case(dtype=dtype)
+    # Above every logit for one row: only the label is left there. Floors lie midway between two logits, away from rounding.
+    sorted_logits = (hidden.double() @ weight.double().t()).div(0.7).sort(dim=1, descending=True).values
+    floor = (sorted_logits[:, 9:11].sum(1) / 2).float()
+    floor[3] = 1e4
+    settings = dict(temperature=0.7, floor=floor)
+    ours = run_with_grads(linear_logprobs, hidden, weight, labels, grads, return_entropy=True, **settings)
+    same_dtype = run_with_grads(eager, hidden, weight, labels, grads, **settings)
+    exact = oracle(hidden, weight, labels, grads, **settings)
+    assert_as_good_as_eager(ours, same_dtype, exact)
+    assert ours[0][3] == 0
+    assert ours[1][3] == 0
+    assert (ours[2][3] == 0).all()
+
+
+def test_top_k_are_the_likeliest_tokens_in_order_with_the_lower_id_first_in_a_tie():
+    hidden, weight, labels, _ = make_case()
+    weight[60] = weight[17]
+    ours = linear_logprobs(hidden, weight, labels, temperature=0.7, top_k=101)
+    table = (hidden.double() @ weight.double().t() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(ours.topk_logprobs.double(), table.sort(descending=True).values, rtol=1e-5, atol=1e-5)
+    for ids in ours.topk_ids.tolist():
+        assert sorted(ids) == list(range(101))
+        assert ids.index(17) + 1 == ids.index(60)
+    assert torch.equal(linear_logprobs(hidden, weight, labels, temperature=0.7, top_k=5).topk_ids, ours.topk_ids[:, :5])
+    beyond = linear_logprobs(hidden, weight, labels, top_k=3, vocab_size=2, loss_mask=labels < 2)
+    assert (beyond.topk_ids[labels < 2, 2] == -1).all()
+    assert beyond.topk_logprobs[labels < 2, 2].isneginf().all()
+    assert (beyond.topk_ids[labels >= 2] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_megatrons_main_grad_is_added_to_in_float32_and_autograd_gets_none(dtype):
+    hidden, weight, labels, grads = make_case(dtype=dtype)
+    expected = run_with_grads(linear_logprobs, hidden, weight, labels, grads, return_entropy=True)
+    weight = torch.nn.Parameter(weight)
+    weight.main_grad = torch.full(weight.shape, 0.5)
+    hidden.requires_grad_()
+    for _ in range(2):
+        out = linear_logprobs(hidden, weight, labels, return_entropy=True)
+        (out.logprobs @ grads[0] + out.entropy @ grads[1]).backward()
+    assert weight.grad is None
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # the expected gradient itself is rounded to bfloat16
+    torch.testing.assert_close(weight.main_grad.double(), 0.5 + 2 * expected[3], rtol=tolerance, atol=tolerance)
+    exact = oracle(hidden.detach(), weight.detach(), labels, grads)
+    assert (weight.main_grad.double() - 0.5 - 2 * exact[3]).abs().max() <= 2 * (expected[3] - exact[3]).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_batch_invariant_mode_gives_a_row_the_same_bits_in_any_batch(dtype):
+    hidden, weight, labels, grads = make_case(150, 40, 301, dtype=dtype)
+    settings = dict(return_entropy=True, batch_invariant=True, chunk_tokens=64)
+    whole = run_with_grads(linear_logprobs, hidden, weight, labels, grads, **settings)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
+    for rows in (order, order[:1], order[:33], order[40:129]):
+        part = run_with_grads(linear_logprobs, hidden[rows], weight, labels[rows], grads[:, rows], **settings)
+        for mine, expected in zip(part[:3], whole[:3], strict=True):
+            assert torch.equal(mine, expected[rows])
+
+
+def test_the_custom_ops_keep_the_dispatchers_rules(backend):
+    hidden, weight, labels, _ = make_case(9, 8, 21)
+    mask = torch.arange(9) % 3 > 0
+    with_grads = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+    torch.library.opcheck(
+        linear_logprobs_op, (*with_grads, None, labels, mask, None, 0.7, 0, 21, "", False, True, 2, 4, False, backend)
+    )
+    torch.library.opcheck(
+        linear_logprobs_backward_op,
+        (
+            *(hidden, weight, None, labels, mask, None, torch.ones(9), torch.ones(3, 9)),
+            *(0.7, 0, 21, "", False, True, torch.zeros(21, 8), None, True, 4, False, backend),
+        ),
+    )
+
+
+def test_torch_compile_goes_through_without_a_graph_break():
+    hidden, weight, labels, grads = make_case()
+    mask = torch.arange(37) % 3 != 1
+
+    def function(hidden, weight, labels, **settings):
+        return linear_logprobs(hidden, weight, labels, loss_mask=mask, return_entropy=True)
+
+    expected = run_with_grads(function, hidden, weight, labels, grads)
+    ours = run_with_grads(torch.compile(function, fullgraph=True, backend="aot_eager"), hidden, weight, labels, grads)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_backend_that_can_not_run_is_an_error_that_names_those_that_can():
+    hidden, weight, labels, _ = make_case(dtype=torch.float64)
+    with pytest.raises(BackendUnavailableError, match=r"backend cpu .*float64.*Able: reference"):
+        linear_logprobs(hidden, weight, labels, backend="cpu")
 
 
 MEMORY_PROBE = """

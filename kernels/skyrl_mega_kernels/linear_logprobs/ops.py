@@ -268,15 +268,16 @@ def weight_grad_buffer(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
 # -- rows -----------------------------------------------------------------------------------------------------------------
 
 
-def counting_rows(
-    hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor | None, floor: torch.Tensor | None
-) -> Rows:
+def counting_rows(hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor | None, floor: torch.Tensor | None) -> Rows:
     """The rows where loss_mask is True, contiguous."""
     if loss_mask is None:
         return Rows(hidden.contiguous(), labels.contiguous(), floor, None)
     index = loss_mask.nonzero().squeeze(1)
     return Rows(
-        hidden.index_select(0, index), labels.index_select(0, index), None if floor is None else floor.index_select(0, index), index
+        hidden.index_select(0, index),
+        labels.index_select(0, index),
+        None if floor is None else floor.index_select(0, index),
+        index,
     )
 
 

@@ -14,7 +14,6 @@ import torch
 
 from skyrl_mega_kernels.vocab_parallel import empty_statistics
 
-
 #: torch's matmuls choose their blocking by the number of rows; `ops.pad_rows` keeps that number fixed where it matters.
 BATCH_INVARIANT = False
 
