@@ -10,7 +10,7 @@ Sums of micro-batches and ranks add up to the average over the whole update. Sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,13 @@ def policy_objective(config: AlgorithmConfig, inputs: LossInputs, weights_T: tor
         stats.update({name: _weighted_sum(value_T, weights_T) for name, value_T in averages.items()})
         stats[WEIGHT_SUM] = weights_T.sum()
     return loss_sum, LossStats(stats, mismatch_max)
+
+
+def merge_stats(parts: Sequence[LossStats]) -> LossStats:
+    """The statistics of parts of one micro-batch as those of the whole."""
+    sums = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
+    maxima = {name: torch.stack([part.maxima[name] for part in parts]).amax() for name in parts[0].maxima}
+    return LossStats(sums, maxima)
 
 
 def mean_stats(sums: Mapping[str, float]) -> Metrics:

@@ -65,3 +65,6 @@ def _ppo_clip(inputs: LossInputs, config: AlgorithmConfig) -> tuple[torch.Tensor
 
 #: `algorithm.policy_loss` -> loss.
 POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo_clip": _ppo_clip}
+
+#: Losses of which every token's part looks at that token only, so that the LM head and the loss may run chunk by chunk.
+TOKEN_SEPARABLE = frozenset({"ppo_clip"})

@@ -206,12 +206,13 @@ def _precisions_pair(config: Config, facts: Facts) -> Iterator[Finding]:
         )
 
 
-@rule("`rollout.top_p` = 1 and `rollout.top_k` = 0 keep the ratios unbiased: the trainer computes untruncated logprobs")
-def _truncation_biases_ratios(config: Config, facts: Facts) -> Iterator[Finding]:
+@rule("`rollout.top_p` = 1 and `rollout.top_k` = 0 are the cheap setting: truncated ratios need each position's cut")
+def _truncation_costs_time(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.rollout.top_p < 1 or config.rollout.top_k > 0:
         yield Finding(
-            f"with `rollout.top_p` {config.rollout.top_p} and `rollout.top_k` {config.rollout.top_k} the ratios are biased",
-            "Leave truncation to evaluation: `rollout.top_p=1.0 rollout.top_k=0`.",
+            f"with `rollout.top_p` {config.rollout.top_p} and `rollout.top_k` {config.rollout.top_k} the trainer renormalises over "
+            "the tokens that the sampler could draw, which computes the logits once more, in float32",
+            "Keep it if truncation is meant; else `rollout.top_p=1.0 rollout.top_k=0`.",
             is_warning=True,
         )
 
@@ -265,6 +266,14 @@ def _attention_fits_device(config: Config, facts: Facts) -> Iterator[Finding]:
 def _flash_is_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.model.attention == "flash" and config.model.dtype != "bfloat16":
         yield Finding(f"`model.dtype` is {config.model.dtype}", "Set `model.attention=auto`, or choose `precision=bfloat16`.")
+
+
+@rule("`model.kernels` must be a backend that `trainer.device` can run: cpu needs cpu, triton needs cuda")
+def _kernels_fit_device(config: Config, facts: Facts) -> Iterator[Finding]:
+    if (config.trainer.device, config.model.kernels) in (("cpu", "triton"), ("cuda", "cpu")):
+        yield Finding(
+            f"`model.kernels` is {config.model.kernels} and `trainer.device` is {config.trainer.device}", "Set `model.kernels=auto`."
+        )
 
 
 @rule("`trainer.share_prompts=on` needs `model.attention` sdpa (or auto, where that is what runs)")

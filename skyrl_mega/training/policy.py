@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from skyrl_mega.algorithms.loss import LossStats, mean_stats, policy_objective
-from skyrl_mega.algorithms.policy_losses import LossInputs
+from skyrl_mega.algorithms.loss import LossStats, mean_stats, merge_stats, policy_objective
+from skyrl_mega.algorithms.policy_losses import TOKEN_SEPARABLE, LossInputs
 from skyrl_mega.algorithms.reductions import reduction_weights
-from skyrl_mega.errors import NumericsError
+from skyrl_mega.errors import ConfigError, NumericsError
 from skyrl_mega.training import optimizer as optim
-from skyrl_mega.training.logprobs import head_logprobs, to_device
+from skyrl_mega.training.logprobs import head_logprobs, head_loss, to_device
 from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
+from skyrl_mega_kernels.backends import backends_that_ran
 
 if TYPE_CHECKING:
-    from skyrl_mega.config.schema import Config
+    from skyrl_mega.config.schema import AlgorithmConfig, Config
     from skyrl_mega.parallel.topology import Topology
 
 
@@ -43,6 +44,7 @@ class Policy:
         self.topology = topology
         self.model = model
         self.num_updates = 0
+        self._fuses_loss = fuses_loss(config)
         self._exporter = HFExporter(model, config.model.path, topology)
         distributed = config.parallel.distributed_optimizer
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
@@ -69,7 +71,8 @@ class Policy:
     def compute_logprobs(self, batch: TrainBatch, *, temperature: float | None = None) -> list[torch.Tensor]:
         """Log-probabilities of the labels under the current weights: one float32 [T] on CPU per micro-batch.
 
-        At the rollout temperature unless another is given; 0 where loss_mask is False.
+        Those that the rollout's sampler draws from (its temperature, top-k and top-p), or of the whole vocabulary at the
+        `temperature` given; 0 where loss_mask is False.
         """
         return forward_logprobs(self.model, batch, self.config, self.topology, temperature=temperature)
 
@@ -99,6 +102,8 @@ class Policy:
             "packing/imbalance": batch.imbalance,
             "packing/micro_batches": float(len(batch.micro_batches)),
         }
+        for operator, names in backends_that_ran().items():
+            metrics |= {f"kernels/{operator}/{name}": 1.0 for name in names}
         return metrics
 
     def _forward_step(self, batch: TrainBatch, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
@@ -109,26 +114,6 @@ class Policy:
 
     def _loss(self, batch: TrainBatch, micro_batch: MicroBatch, hidden_TH: torch.Tensor) -> tuple:
         """(objective, token count, statistics): the triple that Megatron's schedule expects of a loss function."""
-        head = head_logprobs(
-            hidden_TH,
-            self.model,
-            micro_batch,
-            self.config,
-            self.topology,
-            temperature=self.config.rollout.temperature,
-            return_entropy=True,
-        )
-        old_logprobs = micro_batch.old_logprobs
-        inputs = LossInputs(
-            logprobs=head.logprobs,
-            # One update per batch: the policy before the update is the policy now.
-            old_logprobs=head.logprobs.detach() if old_logprobs is None else old_logprobs,
-            advantages=micro_batch.advantages,
-            loss_mask=micro_batch.loss_mask,
-            entropy=head.entropy,
-            ref_logprobs=micro_batch.ref_logprobs,
-            rollout_logprobs=micro_batch.rollout_logprobs,
-        )
         weights_T = reduction_weights(
             self.config.algorithm.reduction,
             micro_batch.loss_mask,
@@ -137,7 +122,15 @@ class Policy:
             batch.num_loss_tokens,
             batch.num_sequences,
         )
-        loss, stats = policy_objective(self.config.algorithm, inputs, weights_T)
+        place = (hidden_TH, self.model, micro_batch, self.config, self.topology)
+        objective = partial(_objective, self.config.algorithm, micro_batch, weights_T)
+        if self._fuses_loss:
+            loss, chunks = head_loss(*place, objective)
+            stats = merge_stats(chunks)
+        else:
+            head = head_logprobs(*place, return_entropy=True)
+            every_token = torch.arange(micro_batch.num_tokens, device=hidden_TH.device)
+            loss, stats = objective(every_token, head.logprobs, head.entropy)
         return loss, torch.zeros([], dtype=torch.int, device=hidden_TH.device), stats
 
     def _reduce(self, outputs: Sequence[LossStats]) -> Metrics:
@@ -175,6 +168,43 @@ class Policy:
         save_hf(self._exporter, self.config.model.path, output, getattr(torch, self.config.model.dtype))
 
 
+def fuses_loss(config: Config) -> bool:
+    """Whether LM head and loss run in one pass. Raises ConfigError where that was asked for and the loss does not allow it."""
+    loss = config.algorithm.policy_loss
+    if config.model.fused_loss == "on" and loss not in TOKEN_SEPARABLE:
+        raise ConfigError(
+            f"`model.fused_loss` is on and `algorithm.policy_loss` ({loss}) is no sum over tokens; set `model.fused_loss=auto`."
+        )
+    return config.model.fused_loss != "off" and loss in TOKEN_SEPARABLE
+
+
+def _objective(
+    config: AlgorithmConfig,
+    micro_batch: MicroBatch,
+    weights_T: torch.Tensor,
+    index_C: torch.Tensor,
+    logprobs_C: torch.Tensor,
+    entropy_C: torch.Tensor | None,
+) -> tuple[torch.Tensor, LossStats]:
+    """The objective of the micro-batch's tokens `index_C` (int64 [C]) from their current logprobs and entropies."""
+
+    def at(values_T: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values_T is None else values_T[index_C]
+
+    old_logprobs_C = at(micro_batch.old_logprobs)
+    inputs = LossInputs(
+        logprobs=logprobs_C,
+        # One update per batch: the policy before the update is the policy now.
+        old_logprobs=logprobs_C.detach() if old_logprobs_C is None else old_logprobs_C,
+        advantages=micro_batch.advantages[index_C],
+        loss_mask=micro_batch.loss_mask[index_C],
+        entropy=entropy_C,
+        ref_logprobs=at(micro_batch.ref_logprobs),
+        rollout_logprobs=micro_batch.rollout_logprobs[index_C],
+    )
+    return policy_objective(config, inputs, weights_T[index_C])
+
+
 def run_schedule(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], forward_step: Any, *, forward_only: bool) -> list:
     """Megatron's forward-backward schedule over the micro-batches; returns the loss functions' third results."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -198,13 +228,12 @@ def forward_logprobs(
 
     if not batch.micro_batches:
         return []
-    used = config.rollout.temperature if temperature is None else temperature
 
     def forward_step(micro_batches: Iterator[MicroBatch], module: torch.nn.Module) -> tuple:
         micro_batch = to_device(next(micro_batches), topology.device)
 
         def collect(hidden_TH: torch.Tensor) -> tuple:
-            head = head_logprobs(hidden_TH, model, micro_batch, config, topology, temperature=used)
+            head = head_logprobs(hidden_TH, model, micro_batch, config, topology, temperature=temperature)
             return hidden_TH, torch.zeros([], dtype=torch.int, device=hidden_TH.device), head.logprobs.cpu()
 
         return forward_hidden(module, micro_batch), collect

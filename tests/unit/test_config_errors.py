@@ -379,8 +379,8 @@ def test_all_broken_rules_are_reported_together(base):
     ("overrides", "words"),
     [
         (["rollout.dtype=float32"], ["must go with", "differ from the policy's", "Prefer `precision=bfloat16`"]),
-        (["rollout.top_p=0.9"], ["`rollout.top_p` 0.9", "ratios are biased", "rollout.top_p=1.0 rollout.top_k=0"]),
-        (["rollout.top_k=50"], ["`rollout.top_k` 50", "ratios are biased"]),
+        (["rollout.top_p=0.9"], ["`rollout.top_p` 0.9", "renormalises over the tokens", "rollout.top_p=1.0 rollout.top_k=0"]),
+        (["rollout.top_k=50"], ["`rollout.top_k` 50", "renormalises over the tokens"]),
         ([r'rollout.stop=["\n"]'], ["as they stand", "a backslash and a letter", "real line break"]),
     ],
     ids=["engine float32", "top_p", "top_k", "backslash"],
