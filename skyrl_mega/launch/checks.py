@@ -246,9 +246,37 @@ def weight_transport(machine: Machine, config: Config) -> Check:
 
 
 def kernels(machine: Machine, config: Config) -> Check:
-    return Check(
-        "backends", "kernels", "ok", f"linear_logprobs: torch reference, {config.model.logprob_chunk_tokens} rows at once"
-    )
+    """Which backend the LM-head operators will take: the same order as their `Operator.choose`."""
+    where, wanted = _device(machine, config), config.model.kernels
+    problems = {
+        "cpu": "it is for CPU only" if where == "cuda" else machine.extensions.get("_C", "the extension _C was not looked for"),
+        "triton": "it is for CUDA only" if where == "cpu" else "" if "triton" in machine.versions else "triton is not installed",
+        "reference": "",
+    }
+    if wanted != "auto" and problems[wanted]:
+        found = f"{wanted} was asked for; {problems[wanted]}"
+        return Check("backends", "kernels", "fail", found, f"Set `model.kernels=auto`, or: {_SET_UP_AGAIN}")
+    best = next(name for name, problem in problems.items() if not problem)
+    chosen = best if wanted == "auto" else wanted
+    words = {
+        "cpu": f"C++ ({machine.cpu_isa})",
+        "triton": "Triton",
+        "reference": f"torch reference, {config.model.logprob_chunk_tokens} rows at once",
+    }
+    if chosen == "reference" and wanted == "auto":
+        missing = problems["cpu" if where == "cpu" else "triton"]
+        found = f"linear_logprobs: {words[chosen]}; {missing}"
+        return Check("backends", "kernels", "warn", found, f"The LM head will be several times slower. {_SET_UP_AGAIN}")
+    return Check("backends", "kernels", "ok", f"linear_logprobs: {words[chosen]}")
+
+
+def extensions(machine: Machine, config: Config) -> Check:
+    """The compiled modules, one row; an absent one says why. That nothing of it is needed here makes it no warning."""
+    words = {"_C": "C++ for CPU", "_C_cuda": "CUDA C++"}
+    parts = [f"{words[name]}: {reason or 'present'}" for name, reason in machine.extensions.items()]
+    if machine.has_cuda and machine.extensions.get("_C_cuda"):
+        return Check("software", "extensions", "warn", "; ".join(parts), f"Needs nvcc and torch for CUDA. {_SET_UP_AGAIN}")
+    return Check("software", "extensions", "ok", "; ".join(parts) or "not looked for: torch can't be imported")
 
 
 def trackers(machine: Machine, config: Config) -> Check:
@@ -265,7 +293,7 @@ def trackers(machine: Machine, config: Config) -> Check:
 
 CHECKS: tuple[CheckFunction, ...] = (
     *(python, cores, memory, gpus, shared_memory, disk, compilers),
-    *(project, torch, vllm, megatron_core, mbridge, transformers, other_dependencies, accelerators),
+    *(project, torch, vllm, megatron_core, mbridge, transformers, other_dependencies, accelerators, extensions),
     *(device, attention, rollout_engine, weight_transport, kernels, trackers),
 )
 

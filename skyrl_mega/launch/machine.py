@@ -68,6 +68,10 @@ class Machine:
     torch: TorchFacts = field(default_factory=TorchFacts)
     driver_gpus: tuple[Gpu, ...] = ()
     compilers: Mapping[str, str] = field(default_factory=dict)
+    #: Extension module of the kernels -> why it can't be used, "" where it can.
+    extensions: Mapping[str, str] = field(default_factory=dict)
+    #: Which variant of the C++ kernels this CPU runs: avx512, avx2 or portable; "" without the extension.
+    cpu_isa: str = ""
 
     @property
     def vllm_distribution(self) -> str | None:
@@ -94,6 +98,8 @@ def look_around(directory: Path) -> Machine:
         canonicalize_name(d.metadata["Name"]): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
     }
     pins, requires_python = _pins()
+    torch_facts = _torch_facts() if "torch" in versions else TorchFacts()
+    extensions, cpu_isa = _kernel_extensions() if "torch" in versions and not torch_facts.error else ({}, "")
     return Machine(
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -106,9 +112,11 @@ def look_around(directory: Path) -> Machine:
         versions=versions,
         pins=pins,
         requires_python=requires_python,
-        torch=_torch_facts() if "torch" in versions else TorchFacts(),
+        torch=torch_facts,
         driver_gpus=_driver_gpus(),
         compilers={name: version for name in COMPILERS if (version := _compiler_version(name))},
+        extensions=extensions,
+        cpu_isa=cpu_isa,
     )
 
 
@@ -137,6 +145,16 @@ def _torch_facts() -> TorchFacts:
         found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
         gpus = tuple(Gpu(properties.name, properties.total_memory) for properties in found)
     return TorchFacts(cuda=torch.version.cuda, visible_gpus=gpus)
+
+
+def _kernel_extensions() -> tuple[dict[str, str], str]:
+    """(extension -> why it can't be used, the C++ kernels' variant for this CPU)."""
+    import torch
+
+    from skyrl_mega_kernels.extension import EXTENSIONS, why_absent
+
+    reasons = {name: why_absent(name) or "" for name in EXTENSIONS}
+    return reasons, "" if reasons["_C"] else torch.ops.skyrl_mega_cpu.isa()
 
 
 def _driver_gpus() -> tuple[Gpu, ...]:

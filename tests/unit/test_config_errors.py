@@ -342,6 +342,11 @@ BAD_COMBINATIONS = {
         1,
         ["`trainer.share_prompts=on` needs", "`model.attention` is flash", "`trainer.share_prompts=auto`"],
     ),
+    "kernels for another device": (
+        ["model.kernels=triton", "trainer.device=cpu"],
+        1,
+        ["`model.kernels` must be a backend", "`model.kernels` is triton and `trainer.device` is cpu", "`model.kernels=auto`"],
+    ),
     "must without checkpoint": (
         ["checkpoint.resume=must"],
         1,

@@ -52,6 +52,8 @@ LAPTOP = Machine(
         "wandb": Pin(SpecifierSet(">=0.19"), "wandb"),
     },
     requires_python=">=3.11,<3.13",
+    extensions={"_C": "", "_C_cuda": "torch sees no CUDA device"},
+    cpu_isa="avx2",
 )
 SERVER = dataclasses.replace(
     LAPTOP,
@@ -63,6 +65,7 @@ SERVER = dataclasses.replace(
         "vllm": "0.32.0",
         "transformer-engine": "2.3.0",
     },
+    extensions={"_C": "", "_C_cuda": ""},
 )
 
 
@@ -209,11 +212,25 @@ def test_the_backends_name_device_engine_transport_kernels_and_trackers(monkeypa
     assert row(SERVER, "device").found.startswith("cuda")
     assert "vLLM 0.32.0, bfloat16, in a child process" in row(LAPTOP, "rollout engine", setting("rollout=child_process")).found
     assert "shared memory" in row(LAPTOP, "weight transport").found
-    assert "torch reference" in row(LAPTOP, "kernels").found
+    assert row(LAPTOP, "kernels").found == "linear_logprobs: C++ (avx2)"
+    assert row(SERVER, "kernels").found == "linear_logprobs: Triton"
     monkeypatch.setattr(checks, "is_installed", lambda package: package != "wandb")
     assert row(LAPTOP, "trackers").found == "metrics.jsonl, tensorboard"
     check = row(LAPTOP, "trackers", setting("telemetry.trackers=[wandb]"))
     assert (check.status, "pip install 'skyrl-mega[wandb]'" in check.remedy) == ("fail", True)
+
+
+def test_kernels_without_their_extension_are_a_warning_unless_they_were_asked_for():
+    bare = dataclasses.replace(LAPTOP, extensions={"_C": "the extension _C is not built (no compiler)", "_C_cuda": "no CUDA"})
+    check = row(bare, "kernels")
+    assert (check.status, "torch reference, 1024 rows" in check.found, "no compiler" in check.found) == ("warn", True, True)
+    assert "C++ for CPU: the extension _C is not built (no compiler)" in row(bare, "extensions").found
+    assert row(bare, "kernels", setting("model.kernels=reference")).status == "ok"
+    check = row(bare, "kernels", setting("model.kernels=cpu"))
+    assert (check.status, "no compiler" in check.found, "scripts/setup.sh" in check.remedy) == ("fail", True, True)
+    assert row(LAPTOP, "kernels", setting("model.kernels=triton")).status == "fail"
+    without_cuda_code = dataclasses.replace(SERVER, extensions={"_C": "", "_C_cuda": "the extension _C_cuda is not built"})
+    assert row(without_cuda_code, "extensions").status == "warn"
 
 
 def test_every_row_that_is_not_ok_says_what_to_do():
