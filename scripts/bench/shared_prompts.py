@@ -7,7 +7,7 @@ says. `long_responses` is the losing case: little prompt to share.
 
 Needs the model of scripts/prepare_smollm2.py:
 
-    python scripts/bench/shared_prompts.py --json benchmarks/shared_prompts.json
+    python scripts/bench/shared_prompts.py --json docs/benchmarks/shared_prompts.json
 """
 
 from __future__ import annotations
