@@ -15,9 +15,7 @@ from types import ModuleType
 from skyrl_mega.errors import BackendUnavailableError
 
 EXTENSIONS = ("_C", "_C_cuda")
-_REBUILD = (
-    "run `bash scripts/setup.sh`, or `pip install -e . --no-build-isolation --no-deps` with torch and a C++ compiler there"
-)
+_REBUILD = "run `bash scripts/setup.sh`, or `pip install -e . --no-build-isolation --no-deps` with torch and a C++ compiler there"
 
 
 def load(name: str) -> ModuleType:

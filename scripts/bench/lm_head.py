@@ -14,7 +14,8 @@ Goals, written down before measuring:
 3. In bfloat16 it takes at most 1.2 times the time of cut-cross-entropy, which computes no entropy.
 4. Its extra peak memory is at most 1/10 of eager's at T=2048 and 1/25 at T=8192.
 5. Its GEMMs run at 85% of brgemm's rate or more, everything else it does counted as lost time.
-6. `linear_policy_loss` is at least 1.15 times as fast as `linear_logprobs` followed by the same loss.
+6. `linear_policy_loss` is at least 1.15 times as fast as `linear_logprobs` followed by the same loss, both adding the
+   weight's gradient to a `main_grad` as in the trainer.
 
 All measurements of one case are taken one after the other: a virtual machine's clock is not the same next morning, so only
 numbers of one case may be compared. Cases already in the file stay there unless they are measured again.
@@ -50,8 +51,8 @@ BRGEMM = "brgemm, one tile"
 EAGER = "eager"
 CUT_CROSS_ENTROPY = "cut-cross-entropy (no entropy)"
 OURS = "linear_logprobs cpu"
-THEN_LOSS = "linear_logprobs cpu, then ppo_clip"
-FUSED_LOSS = "linear_policy_loss cpu, ppo_clip"
+THEN_LOSS = "linear_logprobs cpu, then ppo_clip, into main_grad"
+FUSED_LOSS = "linear_policy_loss cpu, ppo_clip, into main_grad"
 #: Shares of the free memory that a variant may be expected to fill.
 MEMORY_SHARE = 0.85
 

@@ -31,13 +31,19 @@ def make_inputs(hidden: int, vocab: int, tokens: int, dtype: str):
     return hidden_TH, weight_VH, labels_T, torch.randn(2, tokens, generator=generator)
 
 
-def repeated(step: Callable, case: Case, *, compile_first: bool = False) -> Callable[[], None]:
+def repeated(step: Callable, case: Case, *, compile_first: bool = False, with_main_grad: bool = False) -> Callable[[], None]:
     """One call is `step(hidden, weight, labels, grads)` on the case's inputs: a forward and backward pass.
+
+    `with_main_grad`: the weight carries a float32 `main_grad`, as in Megatron's buffers; it counts as an input.
 
     What the first call of all loads (libraries, and with `compile_first` what it compiles) is not what a step needs: a call on
     tiny inputs, or on the case's own where shapes are compiled, happens before the measurement begins.
     """
     inputs = make_inputs(**case)
+    if with_main_grad:
+        import torch
+
+        inputs[1].main_grad = torch.full(inputs[1].shape, 0.0)  # zeros() would leave its pages to be counted later
     first = inputs if compile_first else make_inputs(case["hidden"], 64, 8, case["dtype"])
     step(*first)
     for tensor in first[:2]:
@@ -86,7 +92,7 @@ def head_then_loss(backend: str, case: Case) -> Callable[[], None]:
         loss, _ = ppo_clip_objective(grads_2T[0], slice(None), output.logprobs, output.entropy)
         loss.backward()
 
-    return repeated(step, case)
+    return repeated(step, case, with_main_grad=True)
 
 
 def fused_loss(backend: str, case: Case) -> Callable[[], None]:
@@ -96,7 +102,7 @@ def fused_loss(backend: str, case: Case) -> Callable[[], None]:
         loss_fn = functools.partial(ppo_clip_objective, grads_2T[0])
         linear_policy_loss(hidden_TH, weight_VH, labels_T, loss_fn, return_entropy=True, backend=backend).loss.backward()
 
-    return repeated(step, case)
+    return repeated(step, case, with_main_grad=True)
 
 
 def ppo_clip_objective(advantages_T, rows, logprobs_C, entropy_C):

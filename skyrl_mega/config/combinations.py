@@ -210,8 +210,8 @@ def _precisions_pair(config: Config, facts: Facts) -> Iterator[Finding]:
 def _truncation_costs_time(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.rollout.top_p < 1 or config.rollout.top_k > 0:
         yield Finding(
-            f"with `rollout.top_p` {config.rollout.top_p} and `rollout.top_k` {config.rollout.top_k} the trainer renormalises over "
-            "the tokens that the sampler could draw, which computes the logits once more, in float32",
+            f"with `rollout.top_p` {config.rollout.top_p} and `rollout.top_k` {config.rollout.top_k} the trainer renormalises "
+            "over the tokens that the sampler could draw, which computes the logits once more, in float32",
             "Keep it if truncation is meant; else `rollout.top_p=1.0 rollout.top_k=0`.",
             is_warning=True,
         )
@@ -272,7 +272,8 @@ def _flash_is_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
 def _kernels_fit_device(config: Config, facts: Facts) -> Iterator[Finding]:
     if (config.trainer.device, config.model.kernels) in (("cpu", "triton"), ("cuda", "cpu")):
         yield Finding(
-            f"`model.kernels` is {config.model.kernels} and `trainer.device` is {config.trainer.device}", "Set `model.kernels=auto`."
+            f"`model.kernels` is {config.model.kernels} and `trainer.device` is {config.trainer.device}",
+            "Set `model.kernels=auto`.",
         )
 
 

@@ -46,7 +46,7 @@ class ModelConfig:
     recompute: Literal["none", "full"] = opt("none", "Activation recomputation in the backward pass.")
     logprob_chunk_tokens: int = opt(1024, "Rows of the LM head computed at once; bounds the [rows, vocabulary] logits.")
     kernels: Literal["auto", "reference", "cpu", "triton"] = opt(
-        "auto", "Backend of the LM-head kernels: torch, C++ for CPU, Triton. auto: SKYRL_MEGA_KERNELS, else the best that can run."
+        "auto", "LM-head kernels: torch reference, C++ for CPU, Triton. auto: SKYRL_MEGA_KERNELS, else the best that can run."
     )
     fused_loss: Literal["auto", "on", "off"] = opt(
         "auto", "Compute LM head and loss in one pass, logits once; auto: where the loss is a sum over tokens."

@@ -82,9 +82,11 @@ def _chosen_packages_installed(config: Config, facts: Facts) -> Iterator[Finding
 @rule("`model.kernels` must be built or installed: cpu needs the C++ extension, triton the package")
 def _kernels_are_there(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.model.kernels == "cpu" and importlib.util.find_spec("skyrl_mega_kernels._C") is None:
-        yield Finding("`model.kernels` is cpu and `skyrl_mega_kernels._C` is not built", "Run `bash scripts/setup.sh`, or set auto.")
+        yield Finding(
+            "`model.kernels` is cpu and `skyrl_mega_kernels._C` is not built", "Run `bash scripts/setup.sh`, or set it to auto."
+        )
     if config.model.kernels == "triton" and not is_installed("triton"):
-        yield Finding("`model.kernels` is triton and `triton` is not installed", "Run `pip install triton`, or set auto.")
+        yield Finding("`model.kernels` is triton and `triton` is not installed", "Run `pip install triton`, or set it to auto.")
 
 
 @rule("`telemetry.trackers` must be known and installed")

@@ -57,9 +57,7 @@ def head_loss(
     All tensor ranks call; see `linear_policy_loss`.
     """
     settings = _head_settings(hidden_TH, model, micro_batch, config, topology, None)
-    return linear_policy_loss(
-        hidden_TH, output_weight(model), micro_batch.labels, loss_fn, return_entropy=True, **settings
-    )
+    return linear_policy_loss(hidden_TH, output_weight(model), micro_batch.labels, loss_fn, return_entropy=True, **settings)
 
 
 def _head_settings(
