@@ -57,6 +57,40 @@ class MergedStatistics(NamedTuple):
     topk_ids: torch.Tensor | None
 
 
+class LogprobsOutput(NamedTuple):
+    """Per token, [T]; float32, or float64 for float64 inputs. What was not asked for is None.
+
+    `lse` is the log-sum-exp of the tempered logits. `topk_logprobs` [T, K], descending, and `topk_ids` int64 [T, K] carry no
+    gradient; where the vocabulary has fewer than K columns they end in -inf and -1.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    lse: torch.Tensor
+    topk_logprobs: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+
+
+def outputs_like(inputs: torch.Tensor, labels: torch.Tensor, return_entropy: bool, top_k: int) -> tuple[torch.Tensor, ...]:
+    """Uninitialised outputs of an operator that gives LogprobsOutput, for its fake; empty where nothing was asked for."""
+    num_tokens = labels.shape[0]
+    per_token = inputs.new_empty(num_tokens, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    return (
+        per_token,
+        torch.empty_like(per_token) if return_entropy else per_token.new_empty(0),
+        torch.empty_like(per_token),
+        per_token.new_empty(num_tokens, top_k),
+        labels.new_empty(num_tokens, top_k),
+    )
+
+
+def asked_for(outputs: tuple[torch.Tensor, ...], return_entropy: bool, top_k: int) -> LogprobsOutput:
+    """An operator's five outputs as its caller gets them."""
+    logprobs, entropy, lse, topk_logprobs, topk_ids = outputs
+    top = (topk_logprobs.detach(), topk_ids) if top_k else (None, None)
+    return LogprobsOutput(logprobs, entropy if return_entropy else None, lse, *top)
+
+
 def shard_of(num_columns: int, vocab_start: int | None, vocab_size: int | None, tp_group: dist.ProcessGroup | None) -> VocabShard:
     """The shard that the arguments of an operator describe. Raises ValueError where they contradict each other."""
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)

@@ -1,5 +1,5 @@
 """Log-probabilities of labels (and entropy) straight from hidden states and the LM head, without the [T, V] logits."""
 
-from skyrl_mega_kernels.linear_logprobs.api import LinearLogprobsOutput, linear_logprobs
+from skyrl_mega_kernels.linear_logprobs.api import LogprobsOutput, linear_logprobs
 
-__all__ = ["LinearLogprobsOutput", "linear_logprobs"]
+__all__ = ["LogprobsOutput", "linear_logprobs"]

@@ -5,29 +5,13 @@ Shape letters: T packed tokens, H hidden size, V this rank's columns of the voca
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 
 from skyrl_mega_kernels.linear_logprobs.ops import linear_logprobs_op
-from skyrl_mega_kernels.vocab_parallel import VocabShard, shard_of
+from skyrl_mega_kernels.vocab_parallel import LogprobsOutput, VocabShard, asked_for, shard_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-class LinearLogprobsOutput(NamedTuple):
-    """Per token, [T]; float32, or float64 for float64 inputs. What was not asked for is None.
-
-    `lse` is the log-sum-exp of the tempered logits. `topk_logprobs` [T, K], descending, and `topk_ids` int64 [T, K] carry no
-    gradient; where the vocabulary has fewer than K columns they end in -inf and -1.
-    """
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor | None
-    lse: torch.Tensor
-    topk_logprobs: torch.Tensor | None = None
-    topk_ids: torch.Tensor | None = None
 
 
 def linear_logprobs(
@@ -48,7 +32,7 @@ def linear_logprobs(
     chunk_tokens: int = 1024,
     batch_invariant: bool = False,
     backend: str = "auto",
-) -> LinearLogprobsOutput:
+) -> LogprobsOutput:
     """Log-probabilities of `labels` under softmax((hidden @ weight.T + bias) / temperature), never holding the [T, V] logits.
 
     hidden [T, H] and weight [V, H] share a dtype (bfloat16, float16, float32, float64) and device, bias [V] too; labels int64 [T]
@@ -84,17 +68,11 @@ def linear_logprobs(
         raise ValueError(f"chunk_tokens ({chunk_tokens}) must be at least 1.")
     if top_k < 0:
         raise ValueError(f"top_k ({top_k}) must be 0 (none) or the number of tokens wanted.")
-    logprobs, entropy, lse, topk_logprobs, topk_ids = linear_logprobs_op(
+    outputs = linear_logprobs_op(
         *(hidden, weight, bias, labels, loss_mask, floor, float(temperature), shard.start, shard.vocab_size, shard.group),
         *(sequence_parallel, return_entropy, top_k, chunk_tokens, batch_invariant, backend),
     )
-    return LinearLogprobsOutput(
-        logprobs,
-        entropy if return_entropy else None,
-        lse,
-        topk_logprobs.detach() if top_k else None,
-        topk_ids if top_k else None,
-    )
+    return asked_for(outputs, return_entropy, top_k)
 
 
 def check_head(

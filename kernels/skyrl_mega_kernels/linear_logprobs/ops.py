@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 
 from skyrl_mega_kernels.backends import Operator
-from skyrl_mega_kernels.vocab_parallel import MergedStatistics, VocabShard, check_labels, empty_statistics, merge, sum_over_ranks
+from skyrl_mega_kernels.vocab_parallel import (
+    MergedStatistics,
+    VocabShard,
+    check_labels,
+    empty_statistics,
+    merge,
+    outputs_like,
+    sum_over_ranks,
+)
 
 OPERATOR = Operator("linear_logprobs", ("cpu", "triton", "reference"))
 
@@ -82,16 +90,7 @@ def linear_logprobs_op(
 
 @linear_logprobs_op.register_fake
 def _(hidden, weight, bias, labels, loss_mask, floor, temperature, vocab_start, vocab_size, tp_group, *settings):
-    return_entropy, top_k = settings[1], settings[2]
-    num_tokens = labels.shape[0]
-    per_token = hidden.new_empty(num_tokens, dtype=softmax_dtype(hidden.dtype))
-    return (
-        per_token,
-        torch.empty_like(per_token) if return_entropy else per_token.new_empty(0),
-        torch.empty_like(per_token),
-        per_token.new_empty(num_tokens, top_k),
-        labels.new_empty(num_tokens, top_k),
-    )
+    return outputs_like(hidden, labels, return_entropy=settings[1], top_k=settings[2])
 
 
 def merged_statistics(

@@ -5,30 +5,14 @@ Shape letters: T packed tokens, V this rank's columns of the vocabulary, K top-k
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 
 from skyrl_mega_kernels.linear_logprobs.api import check_per_token
 from skyrl_mega_kernels.logits_logprobs.ops import logits_logprobs_op
-from skyrl_mega_kernels.vocab_parallel import shard_of
+from skyrl_mega_kernels.vocab_parallel import LogprobsOutput, asked_for, shard_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-class LogitsLogprobsOutput(NamedTuple):
-    """Per token, [T]; float32, or float64 for float64 logits. What was not asked for is None.
-
-    `lse` is the log-sum-exp of the tempered logits. `topk_logprobs` [T, K], descending, and `topk_ids` int64 [T, K] carry no
-    gradient; where the vocabulary has fewer than K columns they end in -inf and -1.
-    """
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor | None
-    lse: torch.Tensor
-    topk_logprobs: torch.Tensor | None = None
-    topk_ids: torch.Tensor | None = None
 
 
 def logits_logprobs(
@@ -45,7 +29,7 @@ def logits_logprobs(
     top_k: int = 0,
     inplace_backward: bool = False,
     backend: str = "auto",
-) -> LogitsLogprobsOutput:
+) -> LogprobsOutput:
     """Log-probabilities of `labels` under softmax(logits / temperature), from one read of the logits.
 
     logits [T, V] (bfloat16, float16, float32, float64; any row stride); labels int64 [T] are global token ids; loss_mask bool
@@ -82,17 +66,11 @@ def logits_logprobs(
     shard = shard_of(logits.shape[1], vocab_start, vocab_size, tp_group)
     if inplace_backward:
         _check_inplace(logits)
-    logprobs, entropy, lse, topk_logprobs, topk_ids = logits_logprobs_op(
+    outputs = logits_logprobs_op(
         *(logits, labels, loss_mask, floor, float(temperature), shard.start, shard.vocab_size, shard.group),
         *(return_entropy, top_k, inplace_backward, backend),
     )
-    return LogitsLogprobsOutput(
-        logprobs,
-        entropy if return_entropy else None,
-        lse,
-        topk_logprobs.detach() if top_k else None,
-        topk_ids if top_k else None,
-    )
+    return asked_for(outputs, return_entropy, top_k)
 
 
 def _check_inplace(logits: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from skyrl_mega_kernels.backends import Operator
 from skyrl_mega_kernels.linear_logprobs.ops import fold_coefficients, softmax_dtype
-from skyrl_mega_kernels.vocab_parallel import VocabShard, check_labels, empty_statistics, merge
+from skyrl_mega_kernels.vocab_parallel import VocabShard, check_labels, empty_statistics, merge, outputs_like
 
 OPERATOR = Operator("logits_logprobs", ("cpu", "cuda", "triton", "reference"))
 
@@ -68,15 +68,7 @@ def logits_logprobs_op(
 
 @logits_logprobs_op.register_fake
 def _(logits, labels, loss_mask, floor, temperature, vocab_start, vocab_size, tp_group, return_entropy, top_k, inplace, backend):
-    num_tokens = labels.shape[0]
-    per_token = logits.new_empty(num_tokens, dtype=softmax_dtype(logits.dtype))
-    return (
-        per_token,
-        torch.empty_like(per_token) if return_entropy else per_token.new_empty(0),
-        torch.empty_like(per_token),
-        per_token.new_empty(num_tokens, top_k),
-        labels.new_empty(num_tokens, top_k),
-    )
+    return outputs_like(logits, labels, return_entropy, top_k)
 
 
 @torch.library.custom_op("skyrl_mega::logits_logprobs_backward", mutates_args=())
