@@ -9,7 +9,7 @@ import torch
 
 from skyrl_mega.models.build import output_weight, unwrap, vocab_range
 from skyrl_mega.types import MicroBatch
-from skyrl_mega_kernels.linear_logprobs import LinearLogprobsOutput, linear_logprobs
+from skyrl_mega_kernels.linear_logprobs import LogprobsOutput, linear_logprobs
 from skyrl_mega_kernels.linear_policy_loss import ChunkLoss, LinearPolicyLossOutput, linear_policy_loss
 from skyrl_mega_kernels.topk_logprobs import truncation_floor
 
@@ -34,7 +34,7 @@ def head_logprobs(
     *,
     temperature: float | None = None,
     return_entropy: bool = False,
-) -> LinearLogprobsOutput:
+) -> LogprobsOutput:
     """Log-probabilities [T] float32 (and entropies) of the labels, 0 where loss_mask is False; all tensor ranks call.
 
     Without a `temperature` they are those that the rollout's sampler draws from: its temperature, its top-k and top-p. `model`
