@@ -29,13 +29,24 @@ def _model_size(config: Config) -> int:
 # ---- layout ---------------------------------------------------------------------------------------------------------------
 
 
-@rule("`parallel.pipeline` and `parallel.context` must be 1: this version shards by tensor and data parallelism only")
-def _only_tensor_and_data_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
-    for name, size in (("pipeline", config.parallel.pipeline), ("context", config.parallel.context)):
-        if size > 1:
-            yield Finding(
-                f"`parallel.{name}` is {size}", f"Set `parallel.{name}=1`, and use `parallel.tensor` or more processes."
-            )
+@rule("`parallel.context` must be 1: this version shards by tensor, pipeline and data parallelism only")
+def _no_context_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.parallel.context > 1:
+        yield Finding(
+            f"`parallel.context` is {config.parallel.context}",
+            "Set `parallel.context=1`, and use `parallel.tensor`, `parallel.pipeline` or more processes.",
+        )
+
+
+@rule("`parallel.pipeline` must divide the model's number of layers")
+def _pipeline_divides_layers(config: Config, facts: Facts) -> Iterator[Finding]:
+    model, stages = facts.model, config.parallel.pipeline
+    if model is not None and stages >= 1 and model.num_layers % stages:
+        fitting = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
+        yield Finding(
+            f"`parallel.pipeline` is {stages} and the model has {model.num_layers} layers",
+            f"Sizes that fit this model: {', '.join(map(str, fitting))}.",
+        )
 
 
 @rule("The number of processes must be divisible by `parallel.tensor` x `parallel.pipeline` x `parallel.context`")

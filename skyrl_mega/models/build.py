@@ -35,21 +35,22 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class PolicyModel(GPTModel):
-    """Megatron-Core's GPTModel over packed sequences; `forward` returns hidden states.
+    """Megatron-Core's GPTModel, or this rank's stage of it, over packed sequences; `forward` returns hidden states.
 
     `vocab_size` counts the real tokens, `padded_vocab_size` the rows over all tensor ranks. `implementation` says which layers
     and which attention run ("torch" or "transformer_engine"; "sdpa", "flash" or "transformer_engine").
     """
 
-    def __init__(
-        self, config: TransformerConfig, architecture: Architecture, device: torch.device, attention_backend: str
-    ) -> None:
+    def __init__(self, config: TransformerConfig, architecture: Architecture, topology: Topology, attention_backend: str) -> None:
+        device = topology.device
         padded = padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size)
         super().__init__(
             config,
             block_spec(config, device, attention_backend),
             vocab_size=padded,
             max_sequence_length=architecture.max_positions,
+            pre_process=topology.pp_rank == 0,
+            post_process=topology.pp_rank == topology.pp_size - 1,
             # Megatron's rotary module knows fewer kinds than Hugging Face configs have; ours is three lines in `_rotary`.
             position_embedding_type="none",
             share_embeddings_and_output_weights=architecture.tied,
@@ -73,21 +74,26 @@ class PolicyModel(GPTModel):
     ) -> torch.Tensor:
         """Hidden states after the final norm, [T, H] in the model's dtype, the same on every tensor rank. *All tensor ranks.*
 
-        input_ids, position_ids int64 [T]; cu_seqlens int32 [S+1]; position_ids count from 0 in each sequence
-        (a branch on a shared prompt goes on counting); prefix_segments int64 [S] as in MicroBatch. Differentiable.
+        A pipeline stage that is not the last gives what the next one takes, [T, 1, H] (this tensor rank's rows of it under
+        sequence parallelism); a later stage takes it from Megatron's schedule. input_ids, position_ids int64 [T]; cu_seqlens
+        int32 [S+1]; position_ids count from 0 in each sequence (a branch on a shared prompt goes on counting); prefix_segments
+        int64 [S] as in MicroBatch. Differentiable.
         """
         num_tokens = input_ids.size(0)
         if self.config.sequence_parallel:
             input_ids, position_ids, cu_seqlens = self._pad_to_tensor_ranks(input_ids, position_ids, cu_seqlens)
         shared = None if prefix_segments is None else SharedPromptLayout(cu_seqlens, prefix_segments)
         packed = PackedSequences(cu_seqlens, max_seqlen, shared)
-        hidden = self.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
+        # A later stage's block takes its input from the schedule, which has set it.
+        hidden = self.embedding(input_ids=input_ids[None], position_ids=position_ids[None]) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=self._rotary(position_ids),
             packed_seq_params=packed,
         )
+        if not self.post_process:
+            return hidden
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)[:num_tokens]
@@ -120,7 +126,7 @@ def build_model(config: Config, topology: Topology) -> PolicyModel:
     _check_layout(architecture, topology)
     dtype = DTYPES[config.model.dtype]
     backend = choose_backend(config.model.attention, topology.device, dtype)
-    model = PolicyModel(transformer_config(architecture, config, topology), architecture, topology.device, backend)
+    model = PolicyModel(transformer_config(architecture, config, topology), architecture, topology, backend)
     model = model.to(topology.device)
     for parameter in model.parameters():
         # Megatron's gradient norm counts a parameter once over tensor ranks by these attributes.
@@ -157,6 +163,9 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         pipeline_model_parallel_size=topology.pp_size,
         context_parallel_size=topology.cp_size,
         sequence_parallel=config.parallel.sequence_parallel and topology.tp_size > 1,
+        # Micro-batches differ in their number of tokens: stages tell each other the shape before they send.
+        variable_seq_lengths=topology.pp_size > 1,
+        moe_token_dispatcher_type="alltoall",  # unused; the default refuses variable lengths
         use_cpu_initialization=topology.device.type == "cpu",
         # Weights always come from a file; initialising is still switched on, because Megatron marks there how each is split.
         init_method=_leave_unfilled,
@@ -181,10 +190,15 @@ def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _check_layout(architecture: Architecture, topology: Topology) -> None:
-    if topology.pp_size > 1 or topology.cp_size > 1:
+    if topology.cp_size > 1:
         raise ConfigError(
-            f"`parallel.pipeline` ({topology.pp_size}) and `parallel.context` ({topology.cp_size}) must be 1: packed policies "
-            "are built for tensor and data parallelism so far."
+            f"`parallel.context` ({topology.cp_size}) must be 1: packed policies are built for tensor, pipeline and data "
+            "parallelism so far."
+        )
+    if architecture.num_layers % topology.pp_size:
+        raise ConfigError(
+            f"`parallel.pipeline` ({topology.pp_size}) must divide the model's layers ({architecture.num_layers}); choose a "
+            f"divisor of {architecture.num_layers}."
         )
     counts = {
         "attention heads": architecture.num_heads,
@@ -208,9 +222,9 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
 def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """Hidden states [T, H] of a micro-batch, through `model` or its DDP wrapper; moves the inputs to the model's device.
 
-    *All tensor ranks.* See `PolicyModel.forward`.
+    *All tensor ranks.* See `PolicyModel.forward`, also for what a pipeline stage before the last returns.
     """
-    device = output_weight(model).device
+    device = next(model.parameters()).device
     return model(
         input_ids=micro_batch.input_ids.to(device),
         position_ids=micro_batch.position_ids.to(device),
@@ -221,7 +235,10 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Ten
 
 
 def output_weight(model: torch.nn.Module) -> torch.nn.Parameter:
-    """The LM head's rows on this tensor rank, [V_local, H]: the embedding itself where the model ties them."""
+    """The LM head's rows on this tensor rank, [V_local, H]: the embedding itself where the model ties them.
+
+    Last pipeline stage only; with tied weights and several stages it is that stage's copy of the embedding.
+    """
     policy = unwrap(model)
     if policy.share_embeddings_and_output_weights:
         return policy.shared_embedding_or_output_weight()

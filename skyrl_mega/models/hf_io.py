@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skyrl_mega.errors import CheckpointError, ModelLoadError
 from skyrl_mega.models.build import PolicyModel, unwrap
 from skyrl_mega.models.families import Architecture, hf_tensor_shapes, read_hf_config
+from skyrl_mega.parallel.device import install_megatron_cpu_shim
 from skyrl_mega.parallel.topology import Topology
 
 FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
@@ -63,8 +65,7 @@ def load_hf_weights(model: torch.nn.Module, path: str | Path, topology: Topology
     stored = read_headers(path)
     _check_tensors(policy.architecture, stored, path)
     bridge = _make_bridge(policy, path)
-    names = list(itertools.chain.from_iterable(_hf_names(bridge, name) for name, _ in policy.named_parameters()))
-    _check_mapping(policy.architecture, names)
+    _check_mapping(policy.architecture, _mapping(bridge, policy, topology))
     with torch.no_grad(), topology.deadline(f"loading weights from {path}"):
         bridge.load_weights([policy], str(path), memory_efficient=True)
 
@@ -137,8 +138,30 @@ def _read(stored: dict[str, StoredTensor], name: str) -> torch.Tensor:
         return opened.get_tensor(name)
 
 
-def _check_mapping(architecture: Architecture, names: Sequence[str]) -> None:
+#: (parameter's name in the whole model, the Hugging Face tensors that it holds), in export order.
+Mapping = list[tuple[str, list[str]]]
+
+
+def _mapping(bridge: Any, policy: PolicyModel, topology: Topology) -> Mapping:
+    """The parameters of all pipeline stages. *All ranks.*
+
+    With tied weights the last of several stages holds a copy of the embedding as its head: it is no tensor of its own.
+    """
+    to_global = bridge._weight_name_mapping_mcore_local_to_global(policy)
+    names = [to_global[name] for name, _ in policy.named_parameters()]
+    mine = [(name, list(bridge._weight_name_mapping_mcore_to_hf(name))) for name in names]
+    stages: list[Mapping] = [mine] * topology.pp_size
+    if topology.pp_size > 1:
+        with topology.deadline("naming the model's weights"):
+            dist.all_gather_object(stages, mine, group=topology.pp_group)
+    mapping = list(itertools.chain.from_iterable(stages))
+    is_tied_copy = policy.architecture.tied and topology.pp_size > 1
+    return [pair for pair in mapping if not (is_tied_copy and pair[0] == "output_layer.weight")]
+
+
+def _check_mapping(architecture: Architecture, mapping: Mapping) -> None:
     """Guards the seam to mbridge: the names it maps the model's parameters to must be the architecture's tensors, each once."""
+    names = list(itertools.chain.from_iterable(hf_names for _, hf_names in mapping))
     expected = hf_tensor_shapes(architecture)
     if sorted(names) != sorted(expected):
         wrong = sorted(set(names) ^ set(expected)) or [name for name in expected if names.count(name) != 1]
@@ -149,6 +172,7 @@ def _make_bridge(policy: PolicyModel, path: str | Path) -> Any:
     """mbridge's bridge for the model: maps names and layouts only; the model itself is ours."""
     from mbridge import AutoBridge
 
+    install_megatron_cpu_shim()  # again: mbridge has just been imported
     a = policy.architecture
     hf_config = read_hf_config(path)
     hf_config.head_dim = a.head_dim
@@ -163,23 +187,20 @@ def _make_bridge(policy: PolicyModel, path: str | Path) -> Any:
     return bridge
 
 
-def _hf_names(bridge: Any, name: str) -> list[str]:
-    """The Hugging Face tensors of one parameter. With one pipeline stage local and global layer numbers are the same."""
-    return bridge._weight_name_mapping_mcore_to_hf(name)
-
-
 class HFExporter:
     """The policy's weights under Hugging Face names (a `WeightSource`).
 
-    `hf_path` is the directory the model was built from. Order: the model's own parameter order, the same in every call.
+    `hf_path` is the directory the model was built from. Order: the model's own parameter order, the same in every call. *All
+    ranks* make one.
     """
 
     def __init__(self, model: torch.nn.Module, hf_path: str | Path, topology: Topology) -> None:
         self._policy = unwrap(model)
         self.topology = topology
         self._bridge = _make_bridge(self._policy, hf_path)
-        self._groups = self._find_groups()
-        _check_mapping(self._policy.architecture, self.names())
+        mapping = _mapping(self._bridge, self._policy, topology)
+        _check_mapping(self._policy.architecture, mapping)
+        self._groups = _fused_groups(mapping)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -195,31 +216,36 @@ class HFExporter:
         return self._groups
 
     def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """*All ranks, to the end.* (name, full contiguous tensor in `dtype`), gathered over tensor ranks, one at a time.
+        """*All ranks, to the end.* (name, full contiguous tensor in `dtype`), from all tensor ranks and stages, one at a time.
 
         The tensor may share memory with a parameter: never write to it, and copy it to keep it beyond the next update of the
         weights. Raises DeadlineError.
         """
         weights = self._bridge.export_weights([self._policy])
+        seen: set[str] = set()
         while True:
             # Not around the whole loop: the consumer's code between two tensors runs in its own grad mode.
             with torch.no_grad(), self.topology.deadline("exporting weights"):
                 item = next(weights, None)
                 if item is None:
                     return
-                tensor = item[1].detach().to(dtype).contiguous()
-            yield item[0], tensor
+                name, tensor = item[0], item[1].detach().to(dtype).contiguous()
+            if name not in seen:  # the last stage's copy of a tied embedding comes a second time
+                seen.add(name)
+                yield name, tensor
 
-    def _find_groups(self) -> list[tuple[str, ...]]:
-        def module_of(pair: tuple[str, list[str]]) -> str:
-            name, hf_names = pair
-            return name.rpartition(".")[0] if len(hf_names) > 1 else name
 
-        mapped = [(name, _hf_names(self._bridge, name)) for name, _ in self._policy.named_parameters()]
-        return [
-            tuple(itertools.chain.from_iterable(hf_names for _, hf_names in pairs))
-            for _, pairs in itertools.groupby(mapped, key=module_of)
-        ]
+def _fused_groups(mapping: Mapping) -> list[tuple[str, ...]]:
+    """The mapping's tensors in groups that travel together: those of one module where a parameter holds several."""
+
+    def module_of(pair: tuple[str, list[str]]) -> str:
+        name, hf_names = pair
+        return name.rpartition(".")[0] if len(hf_names) > 1 else name
+
+    return [
+        tuple(itertools.chain.from_iterable(hf_names for _, hf_names in pairs))
+        for _, pairs in itertools.groupby(mapping, key=module_of)
+    ]
 
 
 def save_hf(

@@ -68,6 +68,9 @@ MEGATRON_MODULES = (
     "megatron.core.tensor_parallel.random",
 )
 
+#: Packages whose modules see the proxy. mbridge asks for the current device when it hands a weight on along the pipeline.
+_SHIMMED = ("megatron.core", "mbridge.core")
+
 FACTORIES = (
     "arange",
     "empty",
@@ -133,7 +136,7 @@ def install_megatron_cpu_shim() -> ShimReport:
         for name in MEGATRON_MODULES:
             importlib.import_module(name)
     for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+        if name.startswith(_SHIMMED) and vars(module).get("torch") is torch:
             module.torch = _torch_proxy
     random = sys.modules["megatron.core.tensor_parallel.random"]
     random._get_cuda_rng_state = _get_rng_state
@@ -148,7 +151,7 @@ def _shimmed_modules() -> list[str]:
     return [
         name
         for name, module in list(sys.modules.items())
-        if name.startswith("megatron.core") and vars(module).get("torch") is _torch_proxy
+        if name.startswith(_SHIMMED) and vars(module).get("torch") is _torch_proxy
     ]
 
 

@@ -70,6 +70,11 @@ class Topology:
         """True on rank 0, which alone talks to engines, environments and files."""
         return self.rank == 0
 
+    @property
+    def is_last_stage(self) -> bool:
+        """True on the ranks of the last pipeline stage, which alone have logits and losses."""
+        return self.pp_rank == self.pp_size - 1
+
     @contextlib.contextmanager
     def deadline(self, phase: str, step: int | None = None) -> Iterator[None]:
         """Turns a collective's timeout or lost peer inside the block into a DeadlineError that names phase, step and rank."""
@@ -93,6 +98,19 @@ class Topology:
         box = [obj if self.is_main else None]
         with self.deadline(phase, step):
             dist.broadcast_object_list(box, src=0, group=self.control_group, device=torch.device("cpu"))
+        return box[0]
+
+    def from_last_stage(self, obj: Any, phase: str) -> Any:
+        """The object of this pipeline's last stage, on all its stages (`obj` of the others is ignored). *All ranks.*
+
+        The object must pickle; tensors in it lie on CPU. Raises DeadlineError.
+        """
+        if self.pp_size == 1:
+            return obj
+        box = [obj if self.is_last_stage else None]
+        with self.deadline(phase):
+            last = dist.get_global_rank(self.pp_group, self.pp_size - 1)
+            dist.broadcast_object_list(box, src=last, group=self.pp_group, device=torch.device("cpu"))
         return box[0]
 
     def all_reduce_metrics(

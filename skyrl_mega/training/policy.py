@@ -87,7 +87,7 @@ class Policy:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = run_schedule(self.ddp, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
-        metrics = self._reduce(outputs)
+        metrics = self.topology.from_last_stage(self._reduce(outputs) if outputs else None, phase="loss")
         if not math.isfinite(metrics["loss/total"]):
             parts = {name: value for name, value in metrics.items() if name.startswith("loss/")}
             raise NumericsError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
@@ -102,8 +102,6 @@ class Policy:
             "packing/imbalance": batch.imbalance,
             "packing/micro_batches": float(len(batch.micro_batches)),
         }
-        for operator, names in backends_that_ran().items():
-            metrics |= {f"kernels/{operator}/{name}": 1.0 for name in names}
         return metrics
 
     def _forward_step(self, batch: TrainBatch, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
@@ -134,11 +132,12 @@ class Policy:
         return loss, torch.zeros([], dtype=torch.int, device=hidden_TH.device), stats
 
     def _reduce(self, outputs: Sequence[LossStats]) -> Metrics:
-        """The statistics of all micro-batches of all data-parallel ranks."""
+        """The statistics of all micro-batches of all data-parallel ranks, and which kernels ran. Last pipeline stage only."""
         sums = {name: sum(float(out.sums[name]) for out in outputs) for name in outputs[0].sums}
         maxima = {name: max(float(out.maxima[name]) for out in outputs) for name in outputs[0].maxima}
         reduce = self.topology.all_reduce_metrics
-        return mean_stats(reduce(sums, op="sum")) | reduce(maxima, op="max")
+        kernels = {f"kernels/{operator}/{backend}": 1.0 for operator, ran in backends_that_ran().items() for backend in ran}
+        return mean_stats(reduce(sums, op="sum")) | reduce(maxima, op="max") | kernels
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -206,7 +205,10 @@ def _objective(
 
 
 def run_schedule(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], forward_step: Any, *, forward_only: bool) -> list:
-    """Megatron's forward-backward schedule over the micro-batches; returns the loss functions' third results."""
+    """Megatron's forward-backward schedule over the micro-batches; returns the loss functions' third results.
+
+    Only the last pipeline stage has a loss: the list is empty on the others.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     return get_forward_backward_func()(
@@ -239,4 +241,5 @@ def forward_logprobs(
         return forward_hidden(module, micro_batch), collect
 
     with torch.no_grad():
-        return run_schedule(model, batch.micro_batches, forward_step, forward_only=True)
+        logprobs = run_schedule(model, batch.micro_batches, forward_step, forward_only=True)
+    return topology.from_last_stage(logprobs, phase="logprobs")

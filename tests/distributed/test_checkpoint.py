@@ -75,12 +75,18 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, precision):
 
 
 @pytest.mark.parametrize(
-    ("saved_by", "restored_by"),
-    [(["parallel.tensor=2"], None), (None, ["parallel.tensor=2"]), ([], ["parallel.tensor=2"])],
-    ids=["tensor2-to-single", "single-to-tensor2", "data2-to-tensor2"],
+    ("saved_by", "restored_by", "tied"),
+    [
+        (["parallel.tensor=2"], None, False),
+        (None, ["parallel.tensor=2"], False),
+        ([], ["parallel.tensor=2"], False),
+        (["parallel.pipeline=2"], ["parallel.tensor=2"], True),
+        ([], ["parallel.pipeline=2"], False),
+    ],
+    ids=["tensor2-to-single", "single-to-tensor2", "data2-to-tensor2", "pipeline2-to-tensor2", "data2-to-pipeline2"],
 )
-def test_a_checkpoint_loads_into_another_layout(tmp_path, saved_by, restored_by):
-    config = tiny_config(tmp_path, family="qwen3", tied=False)
+def test_a_checkpoint_loads_into_another_layout(tmp_path, saved_by, restored_by, tied):
+    config = tiny_config(tmp_path, family="llama" if tied else "qwen3", tied=tied)
     if saved_by is None:
         expected = save_and_go_on(config)
     else:

@@ -193,16 +193,19 @@ def test_a_good_configuration_has_no_warnings(base):
 
 BAD_COMBINATIONS = {
     "pipeline": (
-        ["parallel.pipeline=2"],
-        2,
+        ["parallel.pipeline=3"],
+        3,
         [
-            "`parallel.pipeline` and `parallel.context` must be 1",
-            "this version",
-            "`parallel.pipeline` is 2",
-            "`parallel.pipeline=1`",
+            "`parallel.pipeline` must divide the model's number of layers",
+            "`parallel.pipeline` is 3 and the model has 2 layers",
+            "1, 2",
         ],
     ),
-    "context": (["parallel.context=2"], 2, ["must be 1", "`parallel.context` is 2", "`parallel.context=1`"]),
+    "context": (
+        ["parallel.context=2"],
+        2,
+        ["`parallel.context` must be 1", "`parallel.context` is 2", "`parallel.context=1`"],
+    ),
     "world size": (
         ["parallel.tensor=2"],
         3,
