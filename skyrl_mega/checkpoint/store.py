@@ -33,11 +33,19 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    parent = checkpoints_dir(run_dir)
+    return named_steps(checkpoints_dir(run_dir))
+
+
+def named_steps(parent: Path) -> list[Path]:
+    """The directories below `parent` that have the final name of a step, by step."""
     if not parent.is_dir():
         return []
     found = [path for path in parent.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def find_checkpoint(run_dir: str | Path, which: str = "latest") -> Path:
@@ -46,7 +54,7 @@ def find_checkpoint(run_dir: str | Path, which: str = "latest") -> Path:
     if which == "latest" and existing:
         return existing[-1]
     for path in existing:
-        if which in (path.name, str(int(path.name.removeprefix("step_")))) or Path(which) == path:
+        if which in (path.name, str(step_of(path))) or Path(which) == path:
             return path
     if (Path(which) / STATE_FILE).is_file():
         return Path(which)
@@ -69,6 +77,17 @@ def commit(temporary: Path, state: TrainState, layout: dict[str, int], keep_last
     """Gives the checkpoint its final name, durably, then removes all but the newest `keep_last`. Rank 0 only."""
     text = json.dumps({"state": asdict(state), "layout": layout}, indent=2)
     (temporary / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+    final = give_final_name(temporary)
+    pointer = final.parent / "latest.tmp_file"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    os.replace(pointer, final.parent / "latest")
+    for old in list_checkpoints(final.parent.parent)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def give_final_name(temporary: Path) -> Path:
+    """Makes `NAME.tmp` and all it holds durable, then renames it to `NAME`, replacing a directory of that name."""
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     final = temporary.with_suffix("")
@@ -77,11 +96,6 @@ def commit(temporary: Path, state: TrainState, layout: dict[str, int], keep_last
         shutil.rmtree(final)
     os.rename(temporary, final)
     _sync(final.parent)
-    pointer = final.parent / "latest.tmp_file"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    os.replace(pointer, final.parent / "latest")
-    for old in list_checkpoints(final.parent.parent)[:-keep_last]:
-        shutil.rmtree(old)
     return final
 
 

@@ -147,6 +147,17 @@ def _micro_batch_holds_longest(config: Config, facts: Facts) -> Iterator[Finding
         )
 
 
+@rule("`trainer.record_steps` must name steps of the loop: 1 to `trainer.max_steps`")
+def _recorded_steps_exist(config: Config, facts: Facts) -> Iterator[Finding]:
+    last = config.trainer.max_steps
+    outside = [step for step in config.trainer.record_steps if not 1 <= step <= last]
+    if outside:
+        yield Finding(
+            f"{', '.join(map(str, outside))} of {last} steps",
+            "Leave it out, or raise `trainer.max_steps` if it is still to come.",
+        )
+
+
 @rule("`trainer.max_staleness` must be 0: this version trains synchronously")
 def _synchronous_only(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.trainer.max_staleness > 0:

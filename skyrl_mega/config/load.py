@@ -83,8 +83,12 @@ def save_resolved(config: Config, path: Path) -> None:
         raise
 
 
-def load_saved(path: Path) -> Config:
-    """The configuration that `save_resolved` wrote to `path`. Raises ConfigError."""
+def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `save_resolved` wrote to `path`, changed by `overrides`. Raises ConfigError.
+
+    A group's option replaces the one chosen before: settings that any option of the group gives, and this one does not, go back
+    to their defaults.
+    """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,7 +102,40 @@ def load_saved(path: Path) -> Config:
         raise ConfigError(
             f"`{path}` must hold a mapping of sections; got {type(values).__name__}. Restore the file, or start a new run."
         )
+    for key, value in _overriding_values(overrides):
+        _set(values, key, value)
     return config_from_dict(values)
+
+
+def _overriding_values(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that `overrides` set in a configuration that is composed already."""
+    directories = config_directories()
+    groups = config_groups(directories)
+    defaults = {setting.key: setting.default for setting in all_settings()}
+    for text, override in _parse_overrides(overrides, groups):
+        key, value = override.key_or_group, override.value()
+        if override.is_delete() or key == "recipe":
+            raise ConfigError(f"A saved configuration is changed setting by setting; got `{text}`. Write `section.key=value`.")
+        if "." in key or isinstance(value, dict):
+            yield key, value
+            continue
+        if not isinstance(value, str):
+            raise ConfigError(f"`{key}` must be one of {', '.join(groups[key])}; got `{text}`. Give one of these.")
+        for option in groups[key]:
+            for touched in option_values(key, option_file(key, option, directories)):
+                if touched in defaults:
+                    yield touched, defaults[touched]
+        yield from option_values(key, option_file(key, value, directories)).items()
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(unknown_key_problem(key))
+        values = inner
+    values[name] = value
 
 
 def to_yaml(config: Config) -> str:

@@ -204,6 +204,9 @@ class TrainerConfig:
     device: Device = opt("auto", "auto: cuda where it exists, else cpu.")
     threads: int = opt(1, "torch threads of each process on CPU; more help only on idle cores.")
     run_dir: str = opt("runs/default", "Everything the run writes goes here.")
+    record_steps: tuple[int, ...] = opt(
+        None, "Steps to record for `skyrl-mega replay`; a step that fails on a number is recorded unasked.", factory=tuple
+    )
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,24 @@ from skyrl_mega.config.surroundings import SURROUNDINGS
 from skyrl_mega.errors import ConfigError
 
 
-def validate(config: Config, *, world_size: int = 1, check_files: bool = True) -> list[str]:
+def validate(config: Config, *, world_size: int = 1, check_files: bool = True, check_surroundings: bool = True) -> list[str]:
     """Warnings about settings that work and are probably not meant; each states rule, values and remedy.
 
     Raises one ConfigError that lists every broken rule. `check_files=False` leaves out all that looks at the disk or at
-    installed packages (and with it the rules that need the model's shape). Every rank may call it; it writes nothing.
+    installed packages (and with it the rules that need the model's shape); `check_surroundings=False` leaves out all of that
+    but the model's files. Every rank may call it; it writes nothing.
     """
-    problems, warnings = find_problems(config, world_size=world_size, check_files=check_files)
+    problems, warnings = find_problems(
+        config, world_size=world_size, check_files=check_files, check_surroundings=check_surroundings
+    )
     if problems:
         raise ConfigError(numbered(problems))
     return warnings
 
 
-def find_problems(config: Config, *, world_size: int = 1, check_files: bool = True) -> tuple[list[str], list[str]]:
+def find_problems(
+    config: Config, *, world_size: int = 1, check_files: bool = True, check_surroundings: bool = True
+) -> tuple[list[str], list[str]]:
     """(messages of broken rules, warnings): what `validate` raises and returns."""
     if world_size < 1:
         raise ConfigError(
@@ -44,7 +49,7 @@ def find_problems(config: Config, *, world_size: int = 1, check_files: bool = Tr
         model, model_problems = inspect_model(Path(config.model.path))
         problems.extend(model_problems)
     facts = Facts(world_size=world_size, model=model)
-    for rule in (*COMBINATIONS, *(SURROUNDINGS if check_files else ())):
+    for rule in (*COMBINATIONS, *(SURROUNDINGS if check_files and check_surroundings else ())):
         for message, is_warning in rule.messages(config, facts):
             (warnings if is_warning else problems).append(message)
     return problems, warnings

@@ -17,7 +17,7 @@ A group of G samples with prompt length n and responses of length m costs n - 1 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,7 @@ from skyrl_mega.data.samples import split_updates, to_samples
 from skyrl_mega.errors import DataError
 from skyrl_mega.types import MicroBatch, TrainBatch, TrainSample
 
-__all__ = ["balance_and_pack", "split_updates", "to_samples", "unpack"]
+__all__ = ["balance_and_pack", "pack_rows", "split_updates", "to_samples", "unpack"]
 
 
 def balance_and_pack(
@@ -162,3 +162,24 @@ def unpack(values: Sequence[torch.Tensor], batch: TrainBatch, samples: Sequence[
     if missing:
         raise DataError(f"samples {missing[:8]} are not in this rank's batch, which holds {len(rows)} samples.")
     return [rows[s.sample_index] for s in samples]
+
+
+def pack_rows(rows: Mapping[int, torch.Tensor], batch: TrainBatch) -> list[torch.Tensor]:
+    """Token-aligned values (float32 [L] by sample_index) as one label-aligned float32 [T] per micro-batch: `unpack` undone.
+
+    Entries where loss_mask is False are 0. Raises DataError if a sample of the batch has no row.
+    """
+    packed = []
+    for micro_batch in batch.micro_batches:
+        values_T = torch.zeros(micro_batch.num_tokens)
+        bounds = micro_batch.cu_seqlens.tolist()
+        for index, start, end in zip(micro_batch.sample_index.tolist(), bounds[:-1], bounds[1:], strict=True):
+            if index < 0:
+                continue
+            if index not in rows:
+                raise DataError(f"sample {index} is in the batch and has no row of values; {len(rows)} samples have one.")
+            # A whole sample fills its sequence and its last position has no label; a branch speaks of its last tokens.
+            spoken = rows[index][1:] if end - start == len(rows[index]) else rows[index][start - end :]
+            values_T[start : start + len(spoken)] = spoken
+        packed.append(torch.where(micro_batch.loss_mask, values_T, 0.0))
+    return packed

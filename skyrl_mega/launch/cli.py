@@ -1,6 +1,7 @@
-"""The command line: `skyrl-mega train | eval | export | doctor`. Answers `--help` without importing anything heavy.
+"""The command line: `skyrl-mega train | eval | export | replay | doctor`. Answers `--help` without importing anything heavy.
 
-Exit codes: 0 done, 1 the doctor found what prevents a run, 2 an error whose message says the remedy, 130 interrupted.
+Exit codes: 0 done, 1 the doctor found what prevents a run or a replay differs from its record, 2 an error whose message says
+the remedy, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ _EVAL_EPILOG = """examples:
   skyrl-mega eval recipe=quickstart --checkpoint latest    the newest checkpoint of trainer.run_dir"""
 _EXPORT_EPILOG = """example:
   skyrl-mega export --run runs/quickstart --output my-model"""
+_REPLAY_EPILOG = """examples:
+  skyrl-mega replay runs/quickstart 812
+  skyrl-mega replay runs/quickstart 812 precision=float32 trainer.device=cpu
+  torchrun --nproc-per-node 2 -m skyrl_mega replay runs/quickstart 812 parallel=tp2
+
+Exit code 0: the replay agrees with the record (also that the step fails). How to record: docs/howto/replay_a_step.md."""
 _DOCTOR_EPILOG = """examples:
   skyrl-mega doctor
   skyrl-mega doctor recipe=quickstart trainer.device=cuda    can this machine run that?"""
@@ -98,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--checkpoint", default="latest", metavar="DIR|latest", help="which checkpoint; default: %(default)s")
     export.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the model directory is written")
 
+    replay = add("replay", _replay, "Compute a recorded step again, in any layout, and compare.", _REPLAY_EPILOG)
+    replay.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
+    replay.add_argument("step", type=int, metavar="STEP", help="a step that trainer.record_steps named, or that failed")
+    replay.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="changes to the recorded settings, as in: parallel=tp2")
+    replay.add_argument("--tolerance", type=float, metavar="X", help="largest difference of every number; default: by precision")
+
     doctor = add("doctor", _doctor, "What this machine has, and which backend each part will use.", _DOCTOR_EPILOG)
     _add_config_arguments(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -150,6 +163,23 @@ def _export(arguments: argparse.Namespace) -> int:
     export_run(str(arguments.run), arguments.checkpoint, str(arguments.output))
     _say(f"wrote {arguments.output}", stream=sys.stdout)
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    if not arguments.run.is_dir():
+        raise ConfigError(f"RUN must be the directory of a run; got `{arguments.run}`. Give what `trainer.run_dir` was.")
+    if arguments.tolerance is not None and not arguments.tolerance >= 0:
+        raise ConfigError(f"`--tolerance` must be >= 0; got {arguments.tolerance}. Leave it out for the default.")
+    from skyrl_mega.launch.replay import run_replay
+
+    return run_replay(
+        arguments.run,
+        arguments.step,
+        arguments.overrides,
+        tolerance=arguments.tolerance,
+        world_size=_from_environment("WORLD_SIZE", 1),
+        shows=_from_environment("RANK", 0) == 0,
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

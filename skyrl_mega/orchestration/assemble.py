@@ -36,7 +36,7 @@ def run_training(config: Config) -> dict[str, Any]:
     checkpoint = _checkpoint_to_resume(config)
     start_step = store.read_state(checkpoint)[0].step if checkpoint is not None else 0
     with ExitStack() as stack:
-        topology = _join_ranks(config, stack)
+        topology = join_ranks(config, stack)
         recorder = Recorder(config, rank=topology.rank, start_step=start_step)
         stack.callback(recorder.close)
         if topology.rank == 0:
@@ -73,7 +73,7 @@ def run_evaluation(config: Config, *, checkpoint: str | None = None) -> Metrics:
     config = replace(config, telemetry=replace(config.telemetry, trackers=(), trace=False))
     path = store.find_checkpoint(config.trainer.run_dir, checkpoint) if checkpoint is not None else None
     with ExitStack() as stack:
-        topology = _join_ranks(config, stack)
+        topology = join_ranks(config, stack)
         from skyrl_mega.telemetry.progress import StepDisplay
 
         display = StepDisplay(1, "lines")
@@ -123,7 +123,7 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
         recorder=recorder,
         state=TrainState(0, 0, {}, num_trained_groups=0, num_optimizer_steps=0),
         engine_dtype=getattr(torch, config.rollout.dtype),
-        share_prompts=_share_prompts(config, policy),
+        share_prompts=shares_prompts(config, policy),
     )
     if checkpoint is not None:
         with recorder.status(f"resuming from {checkpoint}"):
@@ -141,7 +141,7 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
     return parts
 
 
-def _share_prompts(config: Config, policy: Policy) -> bool:
+def shares_prompts(config: Config, policy: Policy) -> bool:
     """Whether prompts are packed once per group, as `trainer.share_prompts` says and the attention backend allows."""
     setting, attention = config.trainer.share_prompts, policy.model.implementation["attention"]
     if setting == "on" and attention != "sdpa":
@@ -152,7 +152,8 @@ def _share_prompts(config: Config, policy: Policy) -> bool:
     return attention == "sdpa" and setting != "off"
 
 
-def _join_ranks(config: Config, stack: ExitStack) -> Topology:
+def join_ranks(config: Config, stack: ExitStack) -> Topology:
+    """This rank's place in the layout of `config.parallel`, left when `stack` closes."""
     from skyrl_mega.parallel.device import resolve_device, set_threads
     from skyrl_mega.parallel.topology import init_topology
 

@@ -19,6 +19,7 @@ from skyrl_mega.data.packing import balance_and_pack, split_updates, to_samples
 from skyrl_mega.orchestration.probe import probe_engine
 from skyrl_mega.orchestration.producer import Producer
 from skyrl_mega.orchestration.recorder import Recorder
+from skyrl_mega.orchestration.step_recorder import record_step
 from skyrl_mega.training.policy import Policy
 from skyrl_mega.training.reference import ReferenceModel
 from skyrl_mega.types import Metrics, TrainBatch, TrainSample, TrainState, TrajectoryGroup, WeightVersion
@@ -59,11 +60,12 @@ def train(parts: Parts) -> TrainState:
         with recorder.phase("pack"):
             samples = to_samples(groups)
             compute_advantages(samples, config.algorithm)
-            batches = [pack(parts, update) for update in split_updates(samples, config.trainer.updates_per_step)]
+            divided = split_updates(samples, config.trainer.updates_per_step)
+            batches = [pack(config, parts.topology, update, share_prompts=parts.share_prompts) for update in divided]
         with recorder.phase("logprobs"):
             fill_logprobs(parts, batches)
-        with recorder.phase("train"):
-            updates = [parts.policy.train_step(batch) for batch in batches]
+        with recorder.phase("train"), record_step(parts, step, divided) as train_step:
+            updates = [train_step(batch) for batch in batches]
         with recorder.phase("sync"):
             version = push_weights(parts, step)
         metrics = rollout_metrics(groups) | mean_metrics(updates)
@@ -88,17 +90,17 @@ def collect(parts: Parts, step: int) -> list[TrajectoryGroup]:
     return parts.topology.broadcast_object(groups, phase=f"rollout of step {step}")
 
 
-def pack(parts: Parts, samples: list[TrainSample]) -> TrainBatch:
+def pack(config: Config, topology: Topology, samples: list[TrainSample], *, share_prompts: bool) -> TrainBatch:
     """This rank's share of one update. Zero-advantage samples cost nothing unless another loss term wants them."""
-    algorithm, topology = parts.config.algorithm, parts.topology
+    algorithm = config.algorithm
     return balance_and_pack(
         samples,
-        tokens_per_micro_batch=parts.config.trainer.tokens_per_micro_batch,
+        tokens_per_micro_batch=config.trainer.tokens_per_micro_batch,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
         skip_zero_advantage=algorithm.kl.coef == 0.0 and algorithm.entropy_coef == 0.0,
-        share_prompts=parts.share_prompts,
-        pad_to_multiple=topology.tp_size if parts.config.parallel.sequence_parallel else 1,
+        share_prompts=share_prompts,
+        pad_to_multiple=topology.tp_size if config.parallel.sequence_parallel else 1,
     )
 
 

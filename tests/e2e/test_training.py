@@ -209,3 +209,52 @@ def test_two_ranks_end_with_the_losses_of_one_process(undisturbed, home, layout)
     for step in range(1, STEPS + 1):
         for name in ("loss/total", "update/grad_norm", "reward/mean"):
             assert numbers[step].get(name) == pytest.approx(reference[step].get(name), abs=1e-4), f"{name} of step {step}"
+
+
+def test_a_pipeline_whose_last_stage_is_killed_restarts_by_itself_and_ends_with_the_same_losses(undisturbed, home):
+    reference_dir, _ = undisturbed
+    run_dir = home / "pp2"
+    arguments = command(home, run_dir, "parallel=pp2")
+    script = Path(__file__).parents[2] / "scripts/launch/torchrun.sh"
+    process = subprocess.Popen(
+        ["bash", str(script), *arguments[arguments.index("recipe=tiny") :]],
+        env=environment(home) | {"NPROC_PER_NODE": "2", "SKYRL_MEGA_VENV": sys.prefix},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        victim = wait_for_rank_1_after(run_dir / "metrics.jsonl", step=3, launcher=process)
+        os.kill(victim, signal.SIGKILL)
+        output, _ = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-6000:]
+    assert "resuming from" in output
+    numbers, reference = computed(run_dir), computed(reference_dir)
+    assert numbers.keys() == reference.keys()
+    for step in range(1, STEPS + 1):
+        for name in ("loss/total", "update/grad_norm", "reward/mean"):
+            assert numbers[step].get(name) == pytest.approx(reference[step].get(name), abs=1e-4), f"{name} of step {step}"
+
+
+def wait_for_rank_1_after(metrics: Path, *, step: int, launcher: subprocess.Popen) -> int:
+    """The process of rank 1, once `step` is recorded."""
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and any(row["step"] == step for row in read_metrics(metrics))):
+        assert launcher.poll() is None, launcher.communicate()[0][-6000:]
+        assert time.monotonic() < deadline, f"no step {step} after 300 s"
+        time.sleep(0.02)
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if b"RANK=1" in variables and b"skyrl_mega.train" in words and f"trainer.run_dir={metrics.parent}".encode() in words:
+            return int(entry.name)
+    raise AssertionError("rank 1 is not running")

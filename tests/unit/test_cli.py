@@ -44,6 +44,7 @@ def calls(monkeypatch) -> Calls:
         run_evaluation=lambda config, *, checkpoint: calls.record("eval", config, checkpoint),
     )
     module("skyrl_mega.checkpoint.export", export_run=lambda *arguments: calls.record("export", *arguments))
+    module("skyrl_mega.launch.replay", run_replay=lambda *arguments, **options: calls.record("replay", *arguments, options) or 1)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -64,7 +65,7 @@ def python(*arguments: str, code: str = "", **environment: str):
 # ---- answers at once ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "export", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "export", "replay", "doctor"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys, atexit\n"
@@ -249,3 +250,23 @@ def test_export_hands_on_its_three_answers(calls, tmp_path, capsys):
 def test_export_of_no_run_is_explained(calls, capsys):
     assert cli.main(["export", "--run", "nowhere", "--output", "out"]) == 2
     assert "must be the directory of a run; got `nowhere`" in capsys.readouterr().err
+
+
+# ---- replay ---------------------------------------------------------------------------------------------------------------
+
+
+def test_replay_hands_on_what_it_was_told_and_returns_the_verdict(calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["replay", str(tmp_path), "812", "parallel=tp2", "--tolerance", "1e-3", "precision=float32"]) == 1
+    assert calls == [
+        ("replay", tmp_path, 812, ["parallel=tp2", "precision=float32"], {"tolerance": 1e-3, "world_size": 2, "shows": False})
+    ]
+
+
+def test_replay_refuses_what_it_can_not_do(calls, tmp_path, capsys):
+    assert cli.main(["replay", "nowhere", "812"]) == 2
+    assert "must be the directory of a run; got `nowhere`" in capsys.readouterr().err
+    assert cli.main(["replay", str(tmp_path), "812", "--tolerance", "-1"]) == 2
+    assert "`--tolerance` must be >= 0; got -1" in capsys.readouterr().err
+    assert calls == []

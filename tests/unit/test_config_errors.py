@@ -96,6 +96,7 @@ BAD_OVERRIDES = {
     ),
     "number in a list": (["rollout.stop=[a,3]"], ["`rollout.stop[1]` must be a string", "got 3", 'rollout.stop=["3"]']),
     "several values": (["rollout.stop=a,b"], ["gives one value", "`rollout.stop=a,b`", "`rollout.stop=[...]`"]),
+    "number for a list": (["trainer.record_steps=812"], ["must be a list of integers", "`trainer.record_steps=[812]`"]),
     "text for a mapping": (
         ["env.options=easy"],
         ["`env.options` must be a mapping", "got 'easy'", "`env.options={name: value}`"],
@@ -192,6 +193,11 @@ def test_a_good_configuration_has_no_warnings(base):
 
 
 BAD_COMBINATIONS = {
+    "recorded steps beyond the last": (
+        ["trainer.max_steps=100", "trainer.record_steps=[0,100,812]"],
+        1,
+        ["`trainer.record_steps` must name steps of the loop", "0, 812 of 100 steps", "raise `trainer.max_steps`"],
+    ),
     "pipeline": (
         ["parallel.pipeline=3"],
         3,
@@ -415,6 +421,7 @@ def test_a_doubtful_combination_is_warned_about(base, overrides, words):
         (["rollout.top_p=1.0", "evaluation.num_prompts=0", "checkpoint.interval_steps=0"], 1),
         (["env.name=helpers.model_dir:Anything"], 1),
         (["telemetry.trackers=[]"], 1),
+        (["trainer.max_steps=8", "trainer.record_steps=[1,8]"], 1),
     ],
 )
 def test_the_edge_of_a_rule_is_allowed(base, overrides, world_size):

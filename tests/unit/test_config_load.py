@@ -273,3 +273,34 @@ def test_a_damaged_saved_configuration_is_named(tmp_path, content, words):
 def test_an_absent_saved_configuration_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.yaml` must be a readable .*No such file"):
         load_saved(tmp_path / "config.yaml")
+
+
+# ---- saved configurations -------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_configuration_is_changed_by_settings_and_groups(tmp_path):
+    saved = load_config([*REQUIRED, "parallel=tp2_sp", "optimizer.lr=1e-3", "precision=float32"])
+    save_resolved(saved, tmp_path / "config.yaml")
+    changed = load_saved(tmp_path / "config.yaml", ["parallel=tp2", "precision=bfloat16", "algorithm.kl.coef=0.5"])
+    assert (changed.parallel.tensor, changed.parallel.sequence_parallel) == (2, False)  # what tp2_sp set, tp2 undoes
+    assert (changed.model.dtype, changed.rollout.dtype, changed.algorithm.kl.coef) == ("bfloat16", "bfloat16", 0.5)
+    assert changed.optimizer == saved.optimizer
+    assert load_saved(tmp_path / "config.yaml", []) == saved
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.max_stps=3", "did you mean `trainer.max_steps`"),
+        ("model.path.name=x", "`model.path.name` is not a setting"),
+        ("optimizer.lr=high", "`optimizer.lr` must be a number"),
+        ("parallel=tp3", "`parallel` must be one of"),
+        ("parallel=null", "`parallel` must be one of"),
+        ("recipe=tiny", "changed setting by setting"),
+        ("~trainer.seed", "changed setting by setting"),
+    ],
+)
+def test_a_bad_change_of_a_saved_configuration_is_explained(tmp_path, override, words):
+    save_resolved(load_config(REQUIRED), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=words):
+        load_saved(tmp_path / "config.yaml", [override])

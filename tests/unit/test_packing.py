@@ -10,7 +10,7 @@ import torch
 
 from helpers.samples import random_samples
 from skyrl_mega.data.balance import even_bins, first_fit_decreasing, karmarkar_karp, sequence_cost
-from skyrl_mega.data.packing import _arrange, balance_and_pack, split_updates, to_samples, unpack
+from skyrl_mega.data.packing import _arrange, balance_and_pack, pack_rows, split_updates, to_samples, unpack
 from skyrl_mega.errors import DataError, RolloutError
 from skyrl_mega.types import StopReason, TrainSample, Trajectory, TrajectoryGroup, Turn
 
@@ -86,6 +86,19 @@ def test_unpacking_inverts_packing_for_every_layout(size, multiple, budget):
             assert s.sample_index not in returned, "a sample is on two ranks"
             returned[s.sample_index] = row
     assert sorted(returned) == list(range(len(samples)))
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_are_packed_as_the_packer_packs_them(share_prompts, size):
+    samples = random_samples(4, 3)
+    rows = {s.sample_index: s.rollout_logprobs for s in samples}
+    for rank in range(size):
+        batch = pack(samples, rank=rank, size=size, share_prompts=share_prompts, pad_to_multiple=4)
+        for packed, micro in zip(pack_rows(rows, batch), batch.micro_batches, strict=True):
+            assert torch.equal(packed, micro.rollout_logprobs)
+    with pytest.raises(DataError, match=r"sample \d+ is in the batch and has no row"):
+        pack_rows({}, batch)
 
 
 def test_unpack_refuses_samples_of_another_rank_and_wrong_shapes():
