@@ -6,7 +6,10 @@ the parts it needs. Random states belong to a layout and are restored only into 
 
 from __future__ import annotations
 
+import ctypes
 import random
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +38,7 @@ def save(run_dir: str, policy: Checkpointed, state: TrainState, topology: Topolo
     temporary = topology.broadcast_object(
         store.begin(run_dir, state.step) if topology.rank == 0 else None, phase="checkpoint/begin"
     )
+    _tie_writer_to_this_process()
     dist_checkpointing.save(_sharded_state(policy, topology, loading=False), str(temporary), _save_strategy())
     topology.barrier("checkpoint/written")
     final = store.commit(temporary, state, layout(topology), keep_last) if topology.rank == 0 else None
@@ -95,6 +99,30 @@ def _save_strategy() -> Any:
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), group, True)
+
+
+def _tie_writer_to_this_process() -> None:
+    """Makes the process that holds the writer's queue end with this one.
+
+    Megatron starts it at the first save and never ends it itself: a rank that is killed would leave it behind for good, with
+    the rank's output open, so that whoever reads that waits forever.
+    """
+    import multiprocessing
+    from multiprocessing.managers import SyncManager
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def end_with_parent() -> None:
+    """Called in a child process: it is killed when its parent ends, however that ends (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _rng_state() -> dict[str, Any]:
