@@ -35,9 +35,9 @@ def export_run(run_dir: str, checkpoint: str, output: str) -> Path:
 
     topology = init_topology(ParallelConfig(), resolve_device("cpu"), seed=config.trainer.seed)
     try:
-        model = build_model(config, topology)
-        load_model(path, model)
-        save_hf(HFExporter(model, config.model.path, topology), config.model.path, output, getattr(torch, config.model.dtype))
+        chunks = build_model(config, topology)
+        load_model(path, chunks)
+        save_hf(HFExporter(chunks, config.model.path, topology), config.model.path, output, getattr(torch, config.model.dtype))
     finally:
         topology.destroy()
     return Path(output)

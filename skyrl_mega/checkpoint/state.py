@@ -18,8 +18,9 @@ from skyrl_mega.errors import CheckpointError
 from skyrl_mega.types import TrainState
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
 
+    from skyrl_mega.models.build import PolicyModel
     from skyrl_mega.parallel.topology import Topology
 
 
@@ -63,13 +64,15 @@ def load(path: Path, policy: Checkpointed, topology: Topology) -> TrainState:
     return state
 
 
-def load_model(path: Path, model: torch.nn.Module) -> None:
+def load_model(path: Path, chunks: Sequence[PolicyModel]) -> None:
     """Restores only the model's weights (for export and evaluation). All ranks call."""
     from megatron.core import dist_checkpointing
 
+    from skyrl_mega.models.build import load_state, sharded_state
+
     store.read_state(path)
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
-    model.load_state_dict(loaded["model"], strict=True)
+    loaded = dist_checkpointing.load({"model": sharded_state(chunks)}, str(path))
+    load_state(chunks, loaded["model"])
 
 
 def layout(topology: Topology) -> dict[str, int]:

@@ -38,14 +38,23 @@ def _no_context_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
         )
 
 
-@rule("`parallel.pipeline` must divide the model's number of layers")
+@rule("`parallel.pipeline` x `parallel.virtual_pipeline` must divide the model's number of layers")
 def _pipeline_divides_layers(config: Config, facts: Facts) -> Iterator[Finding]:
-    model, stages = facts.model, config.parallel.pipeline
-    if model is not None and stages >= 1 and model.num_layers % stages:
+    model, stages, virtual = facts.model, config.parallel.pipeline, config.parallel.virtual_pipeline
+    if model is not None and stages >= 1 and virtual >= 1 and model.num_layers % (stages * virtual):
         fitting = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
         yield Finding(
-            f"`parallel.pipeline` is {stages} and the model has {model.num_layers} layers",
-            f"Sizes that fit this model: {', '.join(map(str, fitting))}.",
+            f"they are {stages} and {virtual}, and the model has {model.num_layers} layers",
+            f"Products that fit this model: {', '.join(map(str, fitting))}.",
+        )
+
+
+@rule("`parallel.virtual_pipeline` needs `parallel.pipeline` > 1: it interleaves the stages of a pipeline")
+def _virtual_pipeline_needs_pipeline(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
+        yield Finding(
+            f"`parallel.virtual_pipeline` is {config.parallel.virtual_pipeline} and `parallel.pipeline` is 1",
+            "Set `parallel.virtual_pipeline=1`, or choose `parallel=pp2_vpp2`.",
         )
 
 

@@ -37,6 +37,7 @@ RANGES: dict[str, Range] = {
     "model.logprob_chunk_tokens": _AT_LEAST_1,
     "parallel.tensor": _AT_LEAST_1,
     "parallel.pipeline": _AT_LEAST_1,
+    "parallel.virtual_pipeline": _AT_LEAST_1,
     "parallel.context": _AT_LEAST_1,
     "parallel.timeout_s": _ABOVE_0,
     "algorithm.advantage_eps": _ABOVE_0,

@@ -62,6 +62,9 @@ class ParallelConfig:
 
     tensor: int = opt(1, "Tensor-parallel size; must divide attention heads, KV heads and FFN size.")
     pipeline: int = opt(1, "Pipeline-parallel size; must divide the number of layers.")
+    virtual_pipeline: int = opt(
+        1, "Model chunks per pipeline stage, interleaved to shorten the pipeline's idle time; tensor traffic grows with it."
+    )
     context: int = opt(1, "Context-parallel size.")
     sequence_parallel: bool = opt(False, "Shard norm and dropout activations along the sequence over tensor ranks.")
     distributed_optimizer: bool = opt(True, "Shard optimizer state over data-parallel ranks (no effect with one rank).")

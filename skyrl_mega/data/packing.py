@@ -40,6 +40,7 @@ def balance_and_pack(
     skip_zero_advantage: bool,
     share_prompts: bool = False,
     pad_to_multiple: int = 1,
+    micro_batch_multiple: int = 1,
     attention_cost: float = ATTENTION_COST,
 ) -> TrainBatch:
     """The TrainBatch of data-parallel rank `dp_rank`: the same arrangement on whichever rank it is computed.
@@ -48,7 +49,7 @@ def balance_and_pack(
     at every loss token are left out of compute and still counted in the normalisers; if that is all of them, no rank has a
     micro-batch. `share_prompts` computes a prompt once for the samples of its group; it changes no result, and needs an
     attention that knows `MicroBatch.prefix_segments`. `pad_to_multiple` lengthens each micro-batch by a padding sequence (for
-    sequence parallelism). No communication.
+    sequence parallelism), `micro_batch_multiple` rounds their number up (for the interleaved pipeline). No communication.
     Raises DataError for a sample without advantages or longer than the token budget.
     """
     if not 0 <= dp_rank < dp_size:
@@ -61,7 +62,7 @@ def balance_and_pack(
     pieces = clusters(computed, capacity) if share_prompts else [Cluster.of_one(sample) for sample in computed]
     costs = [piece.cost(attention_cost) for piece in pieces]
     per_rank = karmarkar_karp(costs, dp_size)
-    bins = _arrange([[pieces[i].num_tokens for i in part] for part in per_rank], capacity)[dp_rank]
+    bins = _arrange([[pieces[i].num_tokens for i in part] for part in per_rank], capacity, micro_batch_multiple)[dp_rank]
     mine = [pieces[i] for i in per_rank[dp_rank]]
     micro_batches = [_pack([mine[i] for i in members], pad_to_multiple) for members in bins]
 
@@ -96,10 +97,10 @@ def _is_zero(sample: TrainSample) -> bool:
     return not bool(sample.advantages[sample.loss_mask].any())
 
 
-def _arrange(lengths_per_rank: Sequence[Sequence[int]], capacity: int) -> list[list[list[int]]]:
-    """For each rank, its items in bins: the same number of bins on every rank, as even as the capacity allows."""
+def _arrange(lengths_per_rank: Sequence[Sequence[int]], capacity: int, multiple: int = 1) -> list[list[list[int]]]:
+    """For each rank, its items in bins: the same number on every rank, a multiple of `multiple`, as even as capacity allows."""
     fewest = [first_fit_decreasing(lengths, capacity) for lengths in lengths_per_rank]
-    count = max(len(bins) for bins in fewest)
+    count = -(-max(len(bins) for bins in fewest) // multiple) * multiple
     arranged = []
     for lengths, bins in zip(lengths_per_rank, fewest, strict=True):
         even = even_bins(lengths, count, capacity)

@@ -13,6 +13,8 @@ size; no further padding is added. Padded rows are zero and belong to no token: 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,22 +37,26 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class PolicyModel(GPTModel):
-    """Megatron-Core's GPTModel, or this rank's stage of it, over packed sequences; `forward` returns hidden states.
+    """Megatron-Core's GPTModel, or a chunk of its layers, over packed sequences; `forward` returns hidden states.
 
     `vocab_size` counts the real tokens, `padded_vocab_size` the rows over all tensor ranks. `implementation` says which layers
     and which attention run ("torch" or "transformer_engine"; "sdpa", "flash" or "transformer_engine").
     """
 
-    def __init__(self, config: TransformerConfig, architecture: Architecture, topology: Topology, attention_backend: str) -> None:
+    def __init__(
+        self, config: TransformerConfig, architecture: Architecture, topology: Topology, attention_backend: str, vp_stage: int
+    ) -> None:
         device = topology.device
+        last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
         padded = padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size)
         super().__init__(
             config,
-            block_spec(config, device, attention_backend),
+            block_spec(config, device, attention_backend, vp_stage),
             vocab_size=padded,
             max_sequence_length=architecture.max_positions,
-            pre_process=topology.pp_rank == 0,
-            post_process=topology.pp_rank == topology.pp_size - 1,
+            pre_process=topology.pp_rank == 0 and vp_stage == 0,
+            post_process=topology.is_last_stage and vp_stage == last_chunk,
+            vp_stage=vp_stage,
             # Megatron's rotary module knows fewer kinds than Hugging Face configs have; ours is three lines in `_rotary`.
             position_embedding_type="none",
             share_embeddings_and_output_weights=architecture.tied,
@@ -115,28 +121,33 @@ class PolicyModel(GPTModel):
         return input_ids, position_ids, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
 
 
-def build_model(config: Config, topology: Topology) -> PolicyModel:
-    """The policy of `config.model.path` with its parameters allocated on this rank's device, not yet filled. *All ranks.*
+def build_model(config: Config, topology: Topology) -> list[PolicyModel]:
+    """This rank's chunks of the policy of `config.model.path`, first layers first, allocated and not yet filled. *All ranks.*
 
-    Fill it with `hf_io.load_hf_weights` or a checkpoint. Raises ModelLoadError (the model is not supported), ConfigError (the
-    layout does not fit it), BackendUnavailableError (the attention asked for can't run here).
+    One chunk, or `parallel.virtual_pipeline` of them; the LM head is in the last chunk of the last stage. Fill them with
+    `hf_io.load_hf_weights` or a checkpoint. Raises ModelLoadError (the model is not supported), ConfigError (the layout does not
+    fit it), BackendUnavailableError (the attention asked for can't run here).
     """
     install_megatron_cpu_shim()
     architecture = read_architecture(config.model.path)
-    _check_layout(architecture, topology)
+    _check_layout(architecture, topology, config.parallel.virtual_pipeline)
     dtype = DTYPES[config.model.dtype]
     backend = choose_backend(config.model.attention, topology.device, dtype)
-    model = PolicyModel(transformer_config(architecture, config, topology), architecture, topology, backend)
-    model = model.to(topology.device)
-    for parameter in model.parameters():
+    layout = transformer_config(architecture, config, topology)
+    chunks = [
+        PolicyModel(layout, architecture, topology, backend, vp_stage).to(topology.device)
+        for vp_stage in range(config.parallel.virtual_pipeline)
+    ]
+    for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
         # Megatron's gradient norm counts a parameter once over tensor ranks by these attributes.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    return model
+    return chunks
 
 
 def transformer_config(architecture: Architecture, config: Config, topology: Topology) -> TransformerConfig:
     """Megatron's configuration of the architecture in this layout."""
     a, dtype = architecture, DTYPES[config.model.dtype]
+    interleaved = config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None
     recompute: dict[str, Any] = {}
     if config.model.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -158,6 +169,10 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         hidden_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        virtual_pipeline_model_parallel_size=interleaved,
+        # With the batched exchange interleaved stages got wrong gradients, silently (seen over gloo).
+        overlap_p2p_comm=interleaved is not None,
+        batch_p2p_comm=interleaved is None,
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
@@ -189,16 +204,17 @@ def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _check_layout(architecture: Architecture, topology: Topology) -> None:
+def _check_layout(architecture: Architecture, topology: Topology, virtual_pipeline: int) -> None:
     if topology.cp_size > 1:
         raise ConfigError(
             f"`parallel.context` ({topology.cp_size}) must be 1: packed policies are built for tensor, pipeline and data "
             "parallelism so far."
         )
-    if architecture.num_layers % topology.pp_size:
+    chunks = topology.pp_size * virtual_pipeline
+    if architecture.num_layers % chunks:
         raise ConfigError(
-            f"`parallel.pipeline` ({topology.pp_size}) must divide the model's layers ({architecture.num_layers}); choose a "
-            f"divisor of {architecture.num_layers}."
+            f"`parallel.pipeline` x `parallel.virtual_pipeline` ({topology.pp_size} x {virtual_pipeline} = {chunks}) must divide "
+            f"the model's layers ({architecture.num_layers})."
         )
     counts = {
         "attention heads": architecture.num_heads,
@@ -210,6 +226,17 @@ def _check_layout(architecture: Architecture, topology: Topology) -> None:
             raise ConfigError(
                 f"`parallel.tensor` ({topology.tp_size}) must divide the model's {what} ({count}); choose a divisor of {count}."
             )
+
+
+def sharded_state(chunks: Sequence[PolicyModel]) -> dict[str, Any]:
+    """The weights of this rank's chunks as a Megatron dist checkpoint holds them, independent of the layout. *All ranks.*"""
+    return {f"chunk{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+
+
+def load_state(chunks: Sequence[PolicyModel], state: dict[str, Any]) -> None:
+    """Restores what `sharded_state` described, once it is loaded."""
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"chunk{number}"], strict=True)
 
 
 def unwrap(model: torch.nn.Module) -> PolicyModel:
@@ -237,7 +264,8 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Ten
 def output_weight(model: torch.nn.Module) -> torch.nn.Parameter:
     """The LM head's rows on this tensor rank, [V_local, H]: the embedding itself where the model ties them.
 
-    Last pipeline stage only; with tied weights and several stages it is that stage's copy of the embedding.
+    `model` is the last chunk, on the last pipeline stage; with tied weights and several stages it is that stage's copy of the
+    embedding.
     """
     policy = unwrap(model)
     if policy.share_embeddings_and_output_weights:

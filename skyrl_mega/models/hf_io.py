@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skyrl_mega.errors import CheckpointError, ModelLoadError
-from skyrl_mega.models.build import PolicyModel, unwrap
+from skyrl_mega.models.build import PolicyModel
 from skyrl_mega.models.families import Architecture, hf_tensor_shapes, read_hf_config
 from skyrl_mega.parallel.device import install_megatron_cpu_shim
 from skyrl_mega.parallel.topology import Topology
@@ -54,20 +54,20 @@ class StoredTensor:
     dtype: str
 
 
-def load_hf_weights(model: torch.nn.Module, path: str | Path, topology: Topology) -> None:
-    """Fills the policy from the safetensors of `path`, cast to the model's dtype. *All ranks.*
+def load_hf_weights(chunks: Sequence[PolicyModel], path: str | Path, topology: Topology) -> None:
+    """Fills the policy, all chunks of this rank, from the safetensors of `path`, cast to the model's dtype. *All ranks.*
 
     Streams: one tensor is in memory at a time; tensor rank 0 of each replica reads and scatters. A `lm_head.weight` beside tied
     embeddings is accepted if it equals them. Raises ModelLoadError, on every rank and before anything is loaded, with the
     names of all tensors that are missing, left over, of the wrong shape, or not floating point.
     """
-    policy = unwrap(model)
+    architecture = chunks[0].architecture
     stored = read_headers(path)
-    _check_tensors(policy.architecture, stored, path)
-    bridge = _make_bridge(policy, path)
-    _check_mapping(policy.architecture, _mapping(bridge, policy, topology))
+    _check_tensors(architecture, stored, path)
+    bridge = _make_bridge(chunks[0], path)
+    _check_mapping(architecture, _mapping(bridge, chunks, topology))
     with torch.no_grad(), topology.deadline(f"loading weights from {path}"):
-        bridge.load_weights([policy], str(path), memory_efficient=True)
+        bridge.load_weights(list(chunks), str(path), memory_efficient=True)
 
 
 def read_headers(path: str | Path) -> dict[str, StoredTensor]:
@@ -142,20 +142,22 @@ def _read(stored: dict[str, StoredTensor], name: str) -> torch.Tensor:
 Mapping = list[tuple[str, list[str]]]
 
 
-def _mapping(bridge: Any, policy: PolicyModel, topology: Topology) -> Mapping:
+def _mapping(bridge: Any, chunks: Sequence[PolicyModel], topology: Topology) -> Mapping:
     """The parameters of all pipeline stages. *All ranks.*
 
     With tied weights the last of several stages holds a copy of the embedding as its head: it is no tensor of its own.
     """
-    to_global = bridge._weight_name_mapping_mcore_local_to_global(policy)
-    names = [to_global[name] for name, _ in policy.named_parameters()]
+    names = []
+    for chunk in chunks:
+        to_global = bridge._weight_name_mapping_mcore_local_to_global(chunk)
+        names += [to_global[name] for name, _ in chunk.named_parameters()]
     mine = [(name, list(bridge._weight_name_mapping_mcore_to_hf(name))) for name in names]
     stages: list[Mapping] = [mine] * topology.pp_size
     if topology.pp_size > 1:
         with topology.deadline("naming the model's weights"):
             dist.all_gather_object(stages, mine, group=topology.pp_group)
     mapping = list(itertools.chain.from_iterable(stages))
-    is_tied_copy = policy.architecture.tied and topology.pp_size > 1
+    is_tied_copy = chunks[0].architecture.tied and topology.pp_size > 1
     return [pair for pair in mapping if not (is_tied_copy and pair[0] == "output_layer.weight")]
 
 
@@ -194,18 +196,19 @@ class HFExporter:
     ranks* make one.
     """
 
-    def __init__(self, model: torch.nn.Module, hf_path: str | Path, topology: Topology) -> None:
-        self._policy = unwrap(model)
+    def __init__(self, chunks: Sequence[PolicyModel], hf_path: str | Path, topology: Topology) -> None:
+        self._chunks = list(chunks)
+        self._architecture = chunks[0].architecture
         self.topology = topology
-        self._bridge = _make_bridge(self._policy, hf_path)
-        mapping = _mapping(self._bridge, self._policy, topology)
-        _check_mapping(self._policy.architecture, mapping)
+        self._bridge = _make_bridge(chunks[0], hf_path)
+        mapping = _mapping(self._bridge, chunks, topology)
+        _check_mapping(self._architecture, mapping)
         self._groups = _fused_groups(mapping)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every exported tensor."""
-        return hf_tensor_shapes(self._policy.architecture)
+        return hf_tensor_shapes(self._architecture)
 
     def names(self) -> list[str]:
         """Names in export order."""
@@ -221,7 +224,7 @@ class HFExporter:
         The tensor may share memory with a parameter: never write to it, and copy it to keep it beyond the next update of the
         weights. Raises DeadlineError.
         """
-        weights = self._bridge.export_weights([self._policy])
+        weights = self._bridge.export_weights(self._chunks)
         seen: set[str] = set()
         while True:
             # Not around the whole loop: the consumer's code between two tensors runs in its own grad mode.

@@ -71,7 +71,9 @@ def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
     return weight
 
 
-def block_spec(config: TransformerConfig, device: torch.device, attention_backend: str) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, device: torch.device, attention_backend: str, vp_stage: int
+) -> TransformerBlockSubmodules:
     """The decoder's layers and its final norm, ours or TransformerEngine's, with our packed core attention in both."""
     layer = _transformer_engine_layer(config) if transformer_engine_layers_available(device) else _torch_layer(config)
     layer.submodules.self_attention.submodules.core_attention = partial(PackedAttention, backend=attention_backend)
@@ -81,7 +83,7 @@ def block_spec(config: TransformerConfig, device: torch.device, attention_backen
 
         final_norm = TENorm
     # A full TransformerBlockSubmodules: given a bare layer, Megatron would put its stock norm at the end.
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=final_norm)
 
 
 def _torch_layer(config: TransformerConfig) -> ModuleSpec:

@@ -143,7 +143,7 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
 
 def shares_prompts(config: Config, policy: Policy) -> bool:
     """Whether prompts are packed once per group, as `trainer.share_prompts` says and the attention backend allows."""
-    setting, attention = config.trainer.share_prompts, policy.model.implementation["attention"]
+    setting, attention = config.trainer.share_prompts, policy.implementation["attention"]
     if setting == "on" and attention != "sdpa":
         raise BackendUnavailableError(
             f"trainer.share_prompts=on needs model.attention=sdpa, but {attention} runs here; "
@@ -242,9 +242,9 @@ def _checkpoint_exporter(config: Config, topology: Topology, path: Path) -> Any:
     from skyrl_mega.models.build import build_model
     from skyrl_mega.models.hf_io import HFExporter
 
-    model = build_model(config, topology)
-    load_model(path, model)
-    return HFExporter(model, config.model.path, topology)
+    chunks = build_model(config, topology)
+    load_model(path, chunks)
+    return HFExporter(chunks, config.model.path, topology)
 
 
 def _implementation(parts: Parts) -> dict[str, str]:
@@ -254,5 +254,5 @@ def _implementation(parts: Parts) -> dict[str, str]:
         "model_dtype": parts.config.model.dtype,
         "rollout_dtype": parts.config.rollout.dtype,
         "share_prompts": "yes" if parts.share_prompts else "no",
-        **parts.policy.model.implementation,
+        **parts.policy.implementation,
     }

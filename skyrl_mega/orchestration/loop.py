@@ -20,7 +20,7 @@ from skyrl_mega.orchestration.probe import probe_engine
 from skyrl_mega.orchestration.producer import Producer
 from skyrl_mega.orchestration.recorder import Recorder
 from skyrl_mega.orchestration.step_recorder import record_step
-from skyrl_mega.training.policy import Policy
+from skyrl_mega.training.policy import Policy, packing_multiples
 from skyrl_mega.training.reference import ReferenceModel
 from skyrl_mega.types import Metrics, TrainBatch, TrainSample, TrainState, TrajectoryGroup, WeightVersion
 from skyrl_mega.weights.publish import publish
@@ -100,7 +100,7 @@ def pack(config: Config, topology: Topology, samples: list[TrainSample], *, shar
         dp_size=topology.dp_size,
         skip_zero_advantage=algorithm.kl.coef == 0.0 and algorithm.entropy_coef == 0.0,
         share_prompts=share_prompts,
-        pad_to_multiple=topology.tp_size if config.parallel.sequence_parallel else 1,
+        **packing_multiples(config, topology),
     )
 
 

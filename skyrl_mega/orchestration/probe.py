@@ -29,6 +29,8 @@ def probe_engine(
     """
     import torch
 
+    from skyrl_mega.training.policy import packing_multiples
+
     trajectories = [trajectory for group in groups for trajectory in group.trajectories][:: max(1, len(groups))][:NUM_SEQUENCES]
     scored = engine.score([list(t.token_ids) for t in trajectories]) if engine is not None else None
     scored = topology.broadcast_object(scored, phase="probe")
@@ -39,7 +41,7 @@ def probe_engine(
         dp_rank=0,
         dp_size=1,
         skip_zero_advantage=False,
-        pad_to_multiple=topology.tp_size if config.parallel.sequence_parallel else 1,
+        **packing_multiples(config, topology),
     )
     computed = unpack(policy.compute_logprobs(batch, temperature=1.0), batch, samples)
     difference = torch.cat([(torch.tensor(a)[1:] - b[1:]).abs() for a, b in zip(scored, computed, strict=True)])

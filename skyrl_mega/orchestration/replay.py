@@ -185,7 +185,8 @@ def _bad_tensors(policy: Policy, topology: Topology) -> list[str]:
     weights = [name for name, value in policy.iter_weights(torch.float32) if not bool(value.isfinite().all())]
     gradients = [
         f"gradient of {name}"
-        for name, parameter in policy.model.named_parameters()
+        for chunk in policy.chunks
+        for name, parameter in chunk.named_parameters()
         if not bool(parameter.main_grad.isfinite().all())
     ]
     everyone = [name for part in gather_objects(gradients, topology) for name in part]

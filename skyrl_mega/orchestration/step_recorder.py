@@ -134,7 +134,7 @@ def surroundings(parts: Parts) -> dict[str, Any]:
         "world_size": parts.topology.world_size,
         "device": parts.topology.device.type,
         "share_prompts": parts.share_prompts,
-        "implementation": parts.policy.model.implementation,
+        "implementation": parts.policy.implementation,
         "versions": collect_versions(),
         "git_commit": git_commit(),
     }

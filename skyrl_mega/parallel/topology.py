@@ -215,6 +215,7 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=timeout.total_seconds() / 60,  # a timedelta is made of it: fractions are fine
     )
     control_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)

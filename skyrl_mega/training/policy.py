@@ -25,6 +25,7 @@ from skyrl_mega_kernels.backends import backends_that_ran
 
 if TYPE_CHECKING:
     from skyrl_mega.config.schema import AlgorithmConfig, Config
+    from skyrl_mega.models.build import PolicyModel
     from skyrl_mega.parallel.topology import Topology
 
 
@@ -34,7 +35,7 @@ class Policy:
     `num_updates` counts optimizer updates so far (it drives the learning-rate schedule).
     """
 
-    def __init__(self, config: Config, topology: Topology, model: torch.nn.Module) -> None:
+    def __init__(self, config: Config, topology: Topology, chunks: list[PolicyModel]) -> None:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.distributed import finalize_model_grads as finalize
 
@@ -42,19 +43,24 @@ class Policy:
 
         self.config = config
         self.topology = topology
-        self.model = model
+        self.chunks = chunks
         self.num_updates = 0
         self._fuses_loss = fuses_loss(config)
-        self._exporter = HFExporter(model, config.model.path, topology)
+        self._exporter = HFExporter(chunks, config.model.path, topology)
         distributed = config.parallel.distributed_optimizer
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
-        self.ddp = DistributedDataParallel(model.config, ddp_config, model)
-        self.ddp.broadcast_params()
+        # Gradients of the later chunks of a stage need no small buckets: only the first chunk's backward ends last.
+        self.ddps = [
+            DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+        for ddp in self.ddps:
+            ddp.broadcast_params()
         self.optimizer = optim.build_optimizer(
-            config.optimizer, [self.ddp], dtype=getattr(torch, config.model.dtype), distributed=distributed
+            config.optimizer, self.ddps, dtype=getattr(torch, config.model.dtype), distributed=distributed
         )
         # The loss is already normalised by the global batch, so finalising must not divide by a token count.
-        model.config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize(chunks, None, **groups)
+        chunks[0].config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize(chunks, None, **groups)
 
     @classmethod
     def from_hf(cls, config: Config, topology: Topology) -> Policy:
@@ -62,9 +68,14 @@ class Policy:
         from skyrl_mega.models.build import build_model
         from skyrl_mega.models.hf_io import load_hf_weights
 
-        model = build_model(config, topology)
-        load_hf_weights(model, config.model.path, topology)
-        return cls(config, topology, model)
+        chunks = build_model(config, topology)
+        load_hf_weights(chunks, config.model.path, topology)
+        return cls(config, topology, chunks)
+
+    @property
+    def implementation(self) -> dict[str, str]:
+        """Which layers and which attention run; see PolicyModel."""
+        return self.chunks[0].implementation
 
     # -- passes ---------------------------------------------------------------------------------------------------------
 
@@ -74,7 +85,7 @@ class Policy:
         Those that the rollout's sampler draws from (its temperature, top-k and top-p), or of the whole vocabulary at the
         `temperature` given; 0 where loss_mask is False.
         """
-        return forward_logprobs(self.model, batch, self.config, self.topology, temperature=temperature)
+        return forward_logprobs(self.chunks, batch, self.config, self.topology, temperature=temperature)
 
     def train_step(self, batch: TrainBatch) -> Metrics:
         """One optimizer update over all micro-batches; returns numbers reduced over the global batch.
@@ -84,9 +95,10 @@ class Policy:
         """
         if not batch.micro_batches:
             return {"update/skipped": 1.0, "update/samples_skipped": float(batch.num_skipped)}
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddps:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = run_schedule(self.ddp, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
+        outputs = run_schedule(self.ddps, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
         metrics = self.topology.from_last_stage(self._reduce(outputs) if outputs else None, phase="loss")
         if not math.isfinite(metrics["loss/total"]):
             parts = {name: value for name, value in metrics.items() if name.startswith("loss/")}
@@ -120,7 +132,7 @@ class Policy:
             batch.num_loss_tokens,
             batch.num_sequences,
         )
-        place = (hidden_TH, self.model, micro_batch, self.config, self.topology)
+        place = (hidden_TH, self.chunks[-1], micro_batch, self.config, self.topology)
         objective = partial(_objective, self.config.algorithm, micro_batch, weights_T)
         if self._fuses_loss:
             loss, chunks = head_loss(*place, objective)
@@ -143,12 +155,16 @@ class Policy:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model and optimizer as a Megatron dist checkpoint holds them."""
-        model_state = self.model.sharded_state_dict()
+        from skyrl_mega.models.build import sharded_state
+
+        model_state = sharded_state(self.chunks)
         return {"model": model_state, "optimizer": optim.sharded_state(self.optimizer, model_state, loading=loading)}
 
     def load_state(self, state: dict[str, Any], *, num_updates: int) -> None:
         """Restores what `sharded_state(loading=True)` described, once it is loaded."""
-        self.model.load_state_dict(state["model"], strict=True)
+        from skyrl_mega.models.build import load_state
+
+        load_state(self.chunks, state["model"])
         optim.load_state(self.optimizer, state["optimizer"])
         self.num_updates = num_updates
 
@@ -165,6 +181,15 @@ class Policy:
         from skyrl_mega.models.hf_io import save_hf
 
         save_hf(self._exporter, self.config.model.path, output, getattr(torch, self.config.model.dtype))
+
+
+def packing_multiples(config: Config, topology: Topology) -> dict[str, int]:
+    """What the layout asks of `balance_and_pack`: tokens per micro-batch, and micro-batches per update, in multiples."""
+    return {
+        "pad_to_multiple": topology.tp_size if config.parallel.sequence_parallel else 1,
+        # The interleaved schedule sends micro-batches through the stages in groups of the pipeline's size.
+        "micro_batch_multiple": topology.pp_size if config.parallel.virtual_pipeline > 1 else 1,
+    }
 
 
 def fuses_loss(config: Config) -> bool:
@@ -204,8 +229,12 @@ def _objective(
     return policy_objective(config, inputs, weights_T[index_C])
 
 
-def run_schedule(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], forward_step: Any, *, forward_only: bool) -> list:
+def run_schedule(
+    chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], forward_step: Any, *, forward_only: bool
+) -> list:
     """Megatron's forward-backward schedule over the micro-batches; returns the loss functions' third results.
+
+    `chunks` are this rank's, wrapped or not; with several of them it is the interleaved schedule, arXiv:2104.04473.
 
     Only the last pipeline stage has a loss: the list is empty on the others.
     """
@@ -213,8 +242,8 @@ def run_schedule(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], fo
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=max(mb.num_tokens for mb in micro_batches),
         micro_batch_size=1,
@@ -223,7 +252,7 @@ def run_schedule(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], fo
 
 
 def forward_logprobs(
-    model: torch.nn.Module, batch: TrainBatch, config: Config, topology: Topology, *, temperature: float | None = None
+    chunks: Sequence[PolicyModel], batch: TrainBatch, config: Config, topology: Topology, *, temperature: float | None = None
 ) -> list[torch.Tensor]:
     """Log-probabilities of the labels without gradient: one float32 [T] on CPU per micro-batch. All ranks call."""
     from skyrl_mega.models.build import forward_hidden
@@ -235,11 +264,11 @@ def forward_logprobs(
         micro_batch = to_device(next(micro_batches), topology.device)
 
         def collect(hidden_TH: torch.Tensor) -> tuple:
-            head = head_logprobs(hidden_TH, model, micro_batch, config, topology, temperature=temperature)
+            head = head_logprobs(hidden_TH, chunks[-1], micro_batch, config, topology, temperature=temperature)
             return hidden_TH, torch.zeros([], dtype=torch.int, device=hidden_TH.device), head.logprobs.cpu()
 
         return forward_hidden(module, micro_batch), collect
 
     with torch.no_grad():
-        logprobs = run_schedule(model, batch.micro_batches, forward_step, forward_only=True)
+        logprobs = run_schedule(chunks, batch.micro_batches, forward_step, forward_only=True)
     return topology.from_last_stage(logprobs, phase="logprobs")

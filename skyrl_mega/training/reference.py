@@ -23,11 +23,12 @@ class ReferenceModel:
 
         self.config = config
         self.topology = topology
-        self.model = build_model(config, topology)
-        load_hf_weights(self.model, config.model.path, topology)
-        self.model.requires_grad_(False)
-        self.model.eval()
+        self.chunks = build_model(config, topology)
+        load_hf_weights(self.chunks, config.model.path, topology)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
 
     def compute_logprobs(self, batch: TrainBatch) -> list[torch.Tensor]:
         """Log-probabilities of the labels at the rollout temperature: one float32 [T] on CPU per micro-batch."""
-        return forward_logprobs(self.model, batch, self.config, self.topology)
+        return forward_logprobs(self.chunks, batch, self.config, self.topology)

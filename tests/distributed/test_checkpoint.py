@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from helpers.policy import make_policy, tiny_config
-from helpers.samples import random_samples
 from helpers.spawn import run_ranks
 from skyrl_mega.checkpoint import state as checkpoint
 from skyrl_mega.checkpoint import store
 from skyrl_mega.config.load import load_config
 from skyrl_mega.data.packing import balance_and_pack
+from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.errors import CheckpointError
 from skyrl_mega.types import TrainState
 

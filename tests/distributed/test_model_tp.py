@@ -53,8 +53,8 @@ def _run_case(path, family, sequence_parallel, topology, out):
 
     parallel = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
     config = Config(model=ModelConfig(path=str(path), dtype="float32"), parallel=parallel)
-    policy = build_model(config, topology)
-    load_hf_weights(policy, path, topology)
+    [policy] = build_model(config, topology)
+    load_hf_weights([policy], path, topology)
     model = DistributedDataParallel(policy.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), policy)
     sequences = make_sequences(LENGTHS, policy.vocab_size)
     micro_batch = make_micro_batch(sequences)
@@ -74,7 +74,7 @@ def _run_case(path, family, sequence_parallel, topology, out):
         full = to_megatron(gradients, name, policy.architecture)
         difference = parameter.main_grad - _shard(full, name, parameter, topology.tp_rank)
         errors[name] = (difference.abs().max() / full.abs().max()).item()
-    exporter = HFExporter(model, path, topology)
+    exporter = HFExporter([policy], path, topology)
     exported = {name: tensor.clone() for name, tensor in exporter.iter_weights(torch.float32)}
     save_hf(exporter, path, out, torch.float32)
     return errors, hidden.detach(), exported, vocab_range(model), exporter.fused_groups()
@@ -98,13 +98,13 @@ def _run_all(rank, folder, paths):
         build_model(config, topology)
     refusals.append(str(caught.value))
     path = paths["llama_tied_tp"]
-    policy = build_model(Config(model=ModelConfig(path=str(path), dtype="float32")), topology)
+    [policy] = build_model(Config(model=ModelConfig(path=str(path), dtype="float32")), topology)
     with pytest.raises(ModelLoadError) as caught:
-        load_hf_weights(policy, paths["qwen2_untied_sp_ragged_vocabulary"], topology)
+        load_hf_weights([policy], paths["qwen2_untied_sp_ragged_vocabulary"], topology)
     refusals.append(str(caught.value))
-    load_hf_weights(policy, path, topology)
+    load_hf_weights([policy], path, topology)
     with pytest.raises(CheckpointError) as caught:
-        save_hf(HFExporter(policy, path, topology), path, path / "config.json" / "out", torch.float32)
+        save_hf(HFExporter([policy], path, topology), path, path / "config.json" / "out", torch.float32)
     refusals.append(str(caught.value))
     topology.destroy()
     return results, refusals

@@ -29,12 +29,13 @@ def topology():
 
 
 def _build(path, topology, dtype="float32"):
-    return build_model(Config(model=ModelConfig(path=str(path), dtype=dtype)), topology)
+    [model] = build_model(Config(model=ModelConfig(path=str(path), dtype=dtype)), topology)
+    return model
 
 
 def _policy(path, topology, dtype="float32"):
     model = _build(path, topology, dtype)
-    load_hf_weights(model, path, topology)
+    load_hf_weights([model], path, topology)
     return model
 
 
@@ -58,7 +59,7 @@ def test_loaded_parameters_equal_an_independent_converter(family, tied, topology
 def test_an_untouched_model_is_written_bit_for_bit(family, tied, dtype, topology, tmp_path):
     path = write_tiny_model(tmp_path / "source", family, tied=tied, dtype=dtype)
     out = tmp_path / "out"
-    save_hf(HFExporter(_policy(path, topology, dtype), path, topology), path, out, getattr(torch, dtype))
+    save_hf(HFExporter([_policy(path, topology, dtype)], path, topology), path, out, getattr(torch, dtype))
     source, written = load_file(path / "model.safetensors"), load_file(out / "model.safetensors")
     assert source.keys() == written.keys()
     for name, tensor in source.items():
@@ -78,12 +79,12 @@ def test_an_untied_model_keeps_its_head_after_a_tied_one_was_loaded_in_the_same_
     path = write_tiny_model(tmp_path / "untied", "qwen2", tied=False)
     model = _policy(path, topology)
     assert torch.equal(model.output_layer.weight, load_file(path / "model.safetensors")["lm_head.weight"])
-    assert dict(HFExporter(model, path, topology).iter_weights(torch.float32))["lm_head.weight"].shape == (272, 64)
+    assert dict(HFExporter([model], path, topology).iter_weights(torch.float32))["lm_head.weight"].shape == (272, 64)
 
 
 def test_export_in_another_dtype_rounds_and_says_so_in_the_config(topology, tmp_path):
     path = write_tiny_model(tmp_path / "source")
-    save_hf(HFExporter(_policy(path, topology), path, topology), path, tmp_path / "out", torch.bfloat16)
+    save_hf(HFExporter([_policy(path, topology)], path, topology), path, tmp_path / "out", torch.bfloat16)
     source, written = load_file(path / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensor.bfloat16(), written[name]) for name, tensor in source.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -91,7 +92,7 @@ def test_export_in_another_dtype_rounds_and_says_so_in_the_config(topology, tmp_
 
 def test_large_models_are_written_in_shards_with_an_index_and_read_back(topology, tmp_path):
     path = write_tiny_model(tmp_path / "source", "qwen2")
-    save_hf(HFExporter(_policy(path, topology), path, topology), path, tmp_path / "out", torch.float32, max_shard_bytes=100_000)
+    save_hf(HFExporter([_policy(path, topology)], path, topology), path, tmp_path / "out", torch.float32, max_shard_bytes=100_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
@@ -99,14 +100,14 @@ def test_large_models_are_written_in_shards_with_an_index_and_read_back(topology
     assert all((tmp_path / "out" / file).stat().st_size < 110_000 for file in files)
     source = load_file(path / "model.safetensors")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in source.values())
-    again = dict(HFExporter(_policy(tmp_path / "out", topology), path, topology).iter_weights(torch.float32))
+    again = dict(HFExporter([_policy(tmp_path / "out", topology)], path, topology).iter_weights(torch.float32))
     assert all(torch.equal(tensor, again[name]) for name, tensor in source.items())
     load_oracle(tmp_path / "out")
 
 
 def test_saving_replaces_a_directory_whole_and_leaves_nothing_else_behind(topology, tmp_path):
     path = write_tiny_model(tmp_path / "source")
-    exporter = HFExporter(_policy(path, topology), path, topology)
+    exporter = HFExporter([_policy(path, topology)], path, topology)
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale.txt").write_text("old")
@@ -121,7 +122,7 @@ def test_saving_replaces_a_directory_whole_and_leaves_nothing_else_behind(topolo
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_fused_groups_are_whole_consecutive_and_in_export_order(family, tied, topology, tmp_path):
     path = write_tiny_model(tmp_path, family, tied=tied)
-    exporter = HFExporter(_policy(path, topology), path, topology)
+    exporter = HFExporter([_policy(path, topology)], path, topology)
     groups = exporter.fused_groups()
     exported = [name for name, _ in exporter.iter_weights(torch.float32)]
     assert [name for group in groups for name in group] == exported == [name for name, _ in exporter.iter_weights(torch.float32)]
@@ -135,7 +136,7 @@ def test_fused_groups_are_whole_consecutive_and_in_export_order(family, tied, to
 
 def test_exported_tensors_carry_no_gradient_and_leave_the_consumers_grad_mode_alone(topology, tmp_path):
     path = write_tiny_model(tmp_path)
-    for _, tensor in HFExporter(_policy(path, topology), path, topology).iter_weights(torch.bfloat16):
+    for _, tensor in HFExporter([_policy(path, topology)], path, topology).iter_weights(torch.bfloat16):
         assert not tensor.requires_grad
         assert tensor.is_contiguous()
         assert tensor.dtype == torch.bfloat16
@@ -167,14 +168,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_tensors_names(name, 
     model = _build(path, topology)
     _rewrite(path, change)
     with pytest.raises(ModelLoadError, match=message):
-        load_hf_weights(model, path, topology)
+        load_hf_weights([model], path, topology)
 
 
 def test_all_problems_are_named_at_once(topology, tmp_path):
     path = write_tiny_model(tmp_path)
     _rewrite(path, lambda t: (t.pop("model.norm.weight"), t.update({"extra": torch.zeros(1)})))
     with pytest.raises(ModelLoadError, match=r"(?s)2 problems.*missing: model.norm.weight.*unexpected: extra"):
-        load_hf_weights(_build(path, topology), path, topology)
+        load_hf_weights([_build(path, topology)], path, topology)
 
 
 def test_an_equal_tied_head_and_old_rotary_buffers_are_accepted(topology, tmp_path):
@@ -193,14 +194,14 @@ def test_unreadable_directories_are_refused(topology, tmp_path):
     model = _build(path, topology)
     (path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ModelLoadError, match="can't be read"):
-        load_hf_weights(model, path, topology)
+        load_hf_weights([model], path, topology)
     (path / "model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match=r"no \*.safetensors"):
-        load_hf_weights(model, path, topology)
+        load_hf_weights([model], path, topology)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}))
     with pytest.raises(ModelLoadError, match=r"gone.safetensors"):
-        load_hf_weights(model, path, topology)
+        load_hf_weights([model], path, topology)
     source = write_tiny_model(tmp_path / "b")
     shutil.copyfile(source / "model.safetensors", source / "copy.safetensors")
     with pytest.raises(ModelLoadError, match=r"is in copy.safetensors and in model.safetensors"):
-        load_hf_weights(model, source, topology)
+        load_hf_weights([model], source, topology)

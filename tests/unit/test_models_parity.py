@@ -56,8 +56,8 @@ def topology():
 
 def _policy(path, topology, **settings):
     settings = {"dtype": "float32"} | settings
-    model = build_model(Config(model=ModelConfig(path=str(path), **settings)), topology)
-    load_hf_weights(model, path, topology)
+    [model] = build_model(Config(model=ModelConfig(path=str(path), **settings)), topology)
+    load_hf_weights([model], path, topology)
     return model
 
 

@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
-from helpers.samples import random_samples
 from skyrl_mega.data.balance import even_bins, first_fit_decreasing, karmarkar_karp, sequence_cost
 from skyrl_mega.data.packing import _arrange, balance_and_pack, pack_rows, split_updates, to_samples, unpack
+from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.errors import DataError, RolloutError
 from skyrl_mega.types import StopReason, TrainSample, Trajectory, TrajectoryGroup, Turn
 

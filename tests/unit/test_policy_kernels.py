@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers.lm_head import require
 from helpers.policy import make_policy, tiny_config
-from helpers.samples import random_samples
 from skyrl_mega.data.packing import balance_and_pack, unpack
+from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.errors import ConfigError
 from skyrl_mega.training import policy as policy_module
 from skyrl_mega.training.policy import fuses_loss
@@ -24,7 +24,7 @@ def two_updates(tmp_path, *overrides, family="llama"):
     config = tiny_config(tmp_path, "optimizer.lr=1e-3", *overrides, family=family, tied=family == "llama")
     with make_policy(config) as policy:
         metrics = [policy.train_step(pack(random_samples(4, 3, seed=seed))) for seed in (1, 2)]
-        weights = torch.cat([parameter.detach().double().flatten() for parameter in policy.model.parameters()])
+        weights = torch.cat([parameter.detach().double().flatten() for parameter in policy.chunks[0].parameters()])
     return metrics, weights
 
 

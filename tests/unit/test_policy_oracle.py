@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers.oracle import grpo_update, token_logprobs
 from helpers.policy import make_policy, tiny_config
-from helpers.samples import random_samples
 from skyrl_mega.data.packing import balance_and_pack, unpack
+from skyrl_mega.data.synthetic import random_samples
 
 
 def pack(samples, **settings):

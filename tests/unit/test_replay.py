@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from helpers.policy import make_policy, tiny_config
-from helpers.samples import random_samples
 from helpers.spawn import free_port, run_ranks
 from skyrl_mega.checkpoint import steps
 from skyrl_mega.config.load import load_saved
 from skyrl_mega.data.packing import split_updates
+from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.errors import CheckpointError, ConfigError, NumericsError
 from skyrl_mega.launch.replay import render, run_replay
 from skyrl_mega.orchestration.loop import Parts, fill_logprobs, pack
@@ -141,7 +141,7 @@ def test_a_nan_weight_is_located_in_the_step_that_it_failed(tmp_path, capsys):
     marked = 77
 
     def damage(policy):
-        policy.model.embedding.word_embeddings.weight.data[marked, 5] = float("nan")
+        policy.chunks[0].embedding.word_embeddings.weight.data[marked, 5] = float("nan")
 
     config = tiny_config(tmp_path, *SHORT, tied=False)
     with pytest.raises(NumericsError):

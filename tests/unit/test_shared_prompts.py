@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers.policy import make_policy, tiny_config
-from helpers.samples import random_samples
 from skyrl_mega.data.packing import balance_and_pack, unpack
+from skyrl_mega.data.synthetic import random_samples
 
 BUDGET = 160
 

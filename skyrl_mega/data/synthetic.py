@@ -1,4 +1,4 @@
-"""Random training samples: groups of sequences with prompts of random length, rewards, and advantages."""
+"""Training samples without a task: what the layouts are compared on, and the tests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from skyrl_mega.types import TrainSample
 
 
 def random_samples(num_groups: int, group_size: int, *, vocab: int = 261, seed: int = 0, max_len: int = 24) -> list[TrainSample]:
-    """Samples with token-aligned random advantages (some samples all zero when `group_size` > 2) and rollout logprobs."""
+    """Groups that share a random prompt, with responses of random length, rollout logprobs and token-aligned random advantages.
+
+    Token ids lie in 5..vocab - 1; prompts and responses each have at most `max_len` / 2 tokens. The same `seed` gives the same
+    samples on every rank.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    samples = []
+    samples: list[TrainSample] = []
     for group in range(num_groups):
         prompt = torch.randint(5, vocab, (integer(2, max_len // 2),), generator=generator)
         for _ in range(group_size):

@@ -1,0 +1,129 @@
+"""The proof that sharding changes nothing: losses, per-token logprobs, gradient norms and weights of one process in every layout.
+
+Layouts of one number of ranks run one after the other in the same processes: starting those is most of the time.
+"""
+
+import functools
+import os
+
+import pytest
+import torch
+
+from helpers.spawn import free_port, run_ranks
+from helpers.tiny import write_tiny_model
+from skyrl_mega.config.load import load_config
+from skyrl_mega.data.synthetic import random_samples
+from skyrl_mega.orchestration.layout_check import COMPARED_EPS, LayoutResult, compare_results, run_updates
+from skyrl_mega.parallel.topology import init_topology
+
+LR = 1e-3
+#: With an entropy bonus no sample is skipped; 64 tokens make several micro-batches of uneven length.
+SETTINGS = [
+    "algorithm.entropy_coef=0.01",
+    f"optimizer.lr={LR}",
+    f"optimizer.eps={COMPARED_EPS}",
+    "trainer.tokens_per_micro_batch=64",
+    "rollout.max_model_len=64",
+]
+#: Model -> what is passed to `write_tiny_model`.
+MODELS = {
+    "llama": {"family": "llama", "tied": True, "num_hidden_layers": 4},
+    "qwen3": {"family": "qwen3", "tied": False, "num_hidden_layers": 4},
+}
+DENSE = ("llama", "qwen3")
+
+#: Layout -> (ranks, the models that run in it, overrides). Four ranks on two cores take their time: one model each.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...], list[str]]] = {
+    "tp2": (2, DENSE, ["parallel=tp2"]),
+    "tp2_sp": (2, DENSE, ["parallel=tp2_sp"]),
+    "pp2": (2, DENSE, ["parallel=pp2"]),
+    "pp2_vpp2": (2, DENSE, ["parallel=pp2_vpp2"]),
+    "dp2": (2, DENSE, ["parallel.distributed_optimizer=false"]),
+    "dp2_distopt": (2, DENSE, ["parallel=dp2"]),
+    "tp2_dp2": (4, ("llama",), ["parallel=tp2"]),
+    "pp2_dp2": (4, ("llama",), ["parallel=pp2"]),
+    "pp2_vpp2_dp2": (4, ("qwen3",), ["parallel=pp2_vpp2"]),
+    "tp2_sp_pp2": (4, ("qwen3",), ["parallel=tp2_pp2"]),
+}
+CASES = [(layout, model) for layout, (_, models, _) in LAYOUTS.items() for model in models]
+
+
+def two_updates(config) -> LayoutResult:
+    topology = init_topology(config.parallel, torch.device("cpu"), seed=config.trainer.seed)
+    try:
+        return run_updates(config, topology, [random_samples(5, 3, seed=seed) for seed in (1, 2)])
+    finally:
+        topology.destroy()
+
+
+def run_cases(rank: int, configs: dict, ports: list[int]) -> dict:
+    results = {}
+    for (case, config), port in zip(configs.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the case before
+        try:
+            results[case] = two_updates(config)
+        except Exception as error:
+            raise RuntimeError(f"rank {rank} failed in layout {case}") from error
+    return results
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_tiny_model(folder / name, **settings) for name, settings in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def config_of(models, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs")
+
+    def make(model: str, overrides: list[str]):
+        fixed = ["recipe=tiny", f"model.path={models[model]}", f"trainer.run_dir={run_dir}"]
+        return load_config([*fixed, *SETTINGS, *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(config_of):
+    return {model: two_updates(config_of(model, [])) for model in MODELS}
+
+
+@pytest.fixture(scope="module")
+def results(config_of):
+    """Results by rank and case, for all cases of a number of ranks at the first request for one of them."""
+
+    @functools.cache
+    def get(ranks: int) -> list[dict] | AssertionError:
+        cases = [(layout, model) for layout, model in CASES if LAYOUTS[layout][0] == ranks]
+        configs = {(layout, model): config_of(model, LAYOUTS[layout][2]) for layout, model in cases}
+        try:
+            return run_ranks(run_cases, ranks, configs, [free_port() for _ in configs], timeout_s=300)
+        except AssertionError as failure:
+            return failure
+
+    return get
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_a_layout_computes_what_one_process_computes(layout, model, expected, results):
+    ranks = results(LAYOUTS[layout][0])
+    if isinstance(ranks, AssertionError):
+        raise ranks
+    everyone = [rank[layout, model] for rank in ranks]
+    lines = list(compare_results(expected[model], everyone[0], LR))
+    assert len(lines) == 10
+    wrong = [line for line in lines if not line.agrees]
+    assert not wrong, "\n".join(map(str, wrong))
+    for other in everyone[1:]:  # what is reported must be the same wherever it is read
+        assert [metrics["loss/total"] for metrics in other.metrics] == [metrics["loss/total"] for metrics in everyone[0].metrics]
+
+
+def test_a_wrong_weight_is_found(expected):
+    right = expected["llama"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = {**right.weights, name: right.weights[name] + 0.1 * LR * (torch.arange(64) == 5)}
+    wrong = [
+        line.name for line in compare_results(right, LayoutResult(right.logprobs, right.metrics, weights), LR) if not line.agrees
+    ]
+    assert wrong == [f"weights after the updates (most: {name})", f"mean weight difference (most: {name})"]
