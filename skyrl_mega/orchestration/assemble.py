@@ -37,7 +37,7 @@ def run_training(config: Config) -> dict[str, Any]:
     start_step = store.read_state(checkpoint)[0].step if checkpoint is not None else 0
     with ExitStack() as stack:
         topology = join_ranks(config, stack)
-        recorder = Recorder(config, rank=topology.rank, start_step=start_step)
+        recorder = Recorder(config, rank=topology.rank, start_step=start_step, on_phase=topology.enter)
         stack.callback(recorder.close)
         if topology.rank == 0:
             for line in _save_config(config, run_dir):

@@ -6,7 +6,7 @@ Every rank has a recorder, because every rank times its phases; only rank 0's wr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -30,15 +30,23 @@ PLOT_EVERY = 10
 
 
 class Recorder:
-    """Times phases on every rank; on rank 0 also shows them, and records each step's numbers. Close it at the end."""
+    """Times phases on every rank; on rank 0 also shows them, and records each step's numbers. Close it at the end.
 
-    def __init__(self, config: Config, *, rank: int, start_step: int = 0) -> None:
+    `on_phase` is told the name and the step of every phase that begins.
+    """
+
+    def __init__(
+        self, config: Config, *, rank: int, start_step: int = 0, on_phase: Callable[[str, int], None] = lambda phase, step: None
+    ) -> None:
         telemetry, trainer = config.telemetry, config.trainer
         self.run_dir = Path(trainer.run_dir)
         self.leads = rank == 0
         self._config = config
         trace = self.run_dir / ("trace.json" if rank == 0 else f"trace_rank{rank}.json") if telemetry.trace else None
         self._timer = PhaseTimer(trace, rank=rank)
+        if start_step > 0:
+            self._timer.start_step(start_step + 1)
+        self._on_phase = on_phase
         self._display = StepDisplay(trainer.max_steps, telemetry.progress, start_step=start_step, enabled=self.leads)
         self._log: MetricsLog | None = None
         self._trackers = []
@@ -56,12 +64,14 @@ class Recorder:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Around a part of a step: timed, traced, and named beside the progress bar while it lasts."""
+        self._on_phase(name, self._timer.step)
         with self._timer.phase(name), self._display.phase(name):
             yield
 
     @contextmanager
     def status(self, message: str) -> Iterator[None]:
         """Around a slow part of the set-up."""
+        self._on_phase(message, self._timer.step)
         with self._display.status(message):
             yield
 

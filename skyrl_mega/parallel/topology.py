@@ -5,7 +5,8 @@ without them is world size 1. Tensors of the model travel over gloo on CPU and N
 travel over gloo, on CPU tensors.
 
 Every wait has a deadline (`parallel.timeout_s`). A wait that runs past it, or that loses its peer, is a DeadlineError that
-names the phase and, where it can be known, the ranks that did not come.
+names the phase, the step, and the ranks that are dead or elsewhere, and since when (`parallel.watchdog` knows). All other ranks
+end too: by the same error, or by their watchdog.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from skyrl_mega.config.schema import ParallelConfig
 from skyrl_mega.errors import ConfigError, DeadlineError
 from skyrl_mega.parallel.device import install_megatron_cpu_shim
+from skyrl_mega.parallel.watchdog import Watchdog, start_watchdog
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -64,6 +66,8 @@ class Topology:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
+    #: None in a world of one, which waits for nobody.
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -75,15 +79,23 @@ class Topology:
         """True on the ranks of the last pipeline stage, which alone have logits and losses."""
         return self.pp_rank == self.pp_size - 1
 
+    def enter(self, phase: str, step: int) -> None:
+        """Says, to any rank that should come to wait for this one, what it is doing from now on."""
+        if self.watchdog is not None:
+            self.watchdog.enter(phase, step)
+
     @contextlib.contextmanager
     def deadline(self, phase: str, step: int | None = None) -> Iterator[None]:
         """Turns a collective's timeout or lost peer inside the block into a DeadlineError that names phase, step and rank."""
         try:
             yield
         except RuntimeError as error:
-            if _is_late(error):
-                raise DeadlineError(self._late_message(phase, step, error)) from error
-            raise
+            if not _is_late(error):
+                raise
+            message = self._late_message(phase, step, error)
+            if self.watchdog is not None:
+                self.watchdog.give_up(message)
+            raise DeadlineError(message) from error
 
     def barrier(self, phase: str, step: int | None = None) -> None:
         """Waits for every rank. *All ranks.* Raises DeadlineError; on rank 0 it names the ranks that did not come."""
@@ -133,16 +145,21 @@ class Topology:
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+        if self.watchdog is not None:
+            self.watchdog.close()
         get_cuda_rng_tracker().reset()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
     def _late_message(self, phase: str, step: int | None, error: RuntimeError) -> str:
+        step = self.watchdog.step if step is None and self.watchdog is not None else step
         at = f"phase {phase!r}" + ("" if step is None else f", step {step}")
         first_line = str(error).strip().splitlines()[0]
+        missing = f" {self.watchdog.missing()}" if self.watchdog is not None else ""
         return (
             f"Rank {self.rank} of {self.world_size} waited in {at} longer than `parallel.timeout_s` ({self.timeout_s:g} s), or "
-            f"lost its peer: {first_line}. Look at the log of the missing rank; raise parallel.timeout_s if it is only slow."
+            f"lost its peer: {first_line}.{missing} Look at the log of the missing rank; raise parallel.timeout_s if it is only "
+            "slow."
         )
 
 
@@ -240,6 +257,9 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         dp_group=state.get_data_parallel_group(),
         dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
         control_group=control_group,
+        watchdog=start_watchdog(dist.get_rank(), dist.get_world_size(), parallel.timeout_s)
+        if dist.get_world_size() > 1
+        else None,
     )
 
 

@@ -98,12 +98,14 @@ class Policy:
         for ddp in self.ddps:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = run_schedule(self.ddps, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
+        with self.topology.deadline("train"):
+            outputs = run_schedule(self.ddps, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
         metrics = self.topology.from_last_stage(self._reduce(outputs) if outputs else None, phase="loss")
         if not math.isfinite(metrics["loss/total"]):
             parts = {name: value for name, value in metrics.items() if name.startswith("loss/")}
             raise NumericsError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
-        grad_norm, lr = optim.step(self.optimizer, self.config.optimizer, self.num_updates)
+        with self.topology.deadline("update"):
+            grad_norm, lr = optim.step(self.optimizer, self.config.optimizer, self.num_updates)
         self.num_updates += 1
         metrics |= {
             "update/grad_norm": grad_norm,
@@ -269,6 +271,6 @@ def forward_logprobs(
 
         return forward_hidden(module, micro_batch), collect
 
-    with torch.no_grad():
+    with torch.no_grad(), topology.deadline("logprobs"):
         logprobs = run_schedule(chunks, batch.micro_batches, forward_step, forward_only=True)
     return topology.from_last_stage(logprobs, phase="logprobs")
