@@ -235,12 +235,13 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=timeout.total_seconds() / 60,  # a timedelta is made of it: fractions are fine
     )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     control_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Topology(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
+        rank=rank,
+        world_size=world_size,
         device=device,
         timeout_s=parallel.timeout_s,
         tp_rank=state.get_tensor_model_parallel_rank(),
@@ -257,9 +258,7 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         dp_group=state.get_data_parallel_group(),
         dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
         control_group=control_group,
-        watchdog=start_watchdog(dist.get_rank(), dist.get_world_size(), parallel.timeout_s)
-        if dist.get_world_size() > 1
-        else None,
+        watchdog=start_watchdog(rank, world_size, parallel.timeout_s) if world_size > 1 else None,
     )
 
 

@@ -11,10 +11,12 @@ from skyrl_mega.config.schema import ParallelConfig
 from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.errors import DeadlineError
 from skyrl_mega.orchestration.loop import pack
+from skyrl_mega.parallel import watchdog
 from skyrl_mega.parallel.watchdog import EXIT_CODE
 
 
 def join(timeout_s: float, **parallel):
+    watchdog.BEAT_S, watchdog.GRACE_S = 0.5, 3.0
     from skyrl_mega.parallel.device import resolve_device
     from skyrl_mega.parallel.topology import init_topology
 
@@ -33,7 +35,7 @@ def hang_in_a_phase(rank: int, folder) -> str:
         topology.barrier("pack")
     except DeadlineError as error:
         (folder / "message").write_text(str(error))
-        time.sleep(20)  # rank 0 keeps the store; under torchrun the agent does
+        time.sleep(12)  # rank 0 keeps the store; under torchrun the agent does
     return ""
 
 
