@@ -1,7 +1,7 @@
-"""The command line: `skyrl-mega train | eval | export | replay | doctor`. Answers `--help` without importing anything heavy.
+"""The command line: `skyrl-mega COMMAND`. Answers `--help` without importing anything heavy.
 
-Exit codes: 0 done, 1 the doctor found what prevents a run or a replay differs from its record, 2 an error whose message says
-the remedy, 130 interrupted.
+Exit codes: 0 done, 1 the doctor found what prevents a run, or a replay or a layout differs from what it is compared with, 2 an
+error whose message says the remedy, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ _REPLAY_EPILOG = """examples:
   torchrun --nproc-per-node 2 -m skyrl_mega replay runs/quickstart 812 parallel=tp2
 
 Exit code 0: the replay agrees with the record (also that the step fails). How to record: docs/howto/replay_a_step.md."""
+_VERIFY_EPILOG = """examples:
+  skyrl-mega verify-layout recipe=gsm8k data.path=train.jsonl parallel=tp2_pp2 --world-size 8
+  skyrl-mega verify-layout recipe=gsm8k model.path=MODEL parallel.tensor=8 parallel.pipeline=4 --world-size 512 --max-ranks 4
+
+Runs on CPU with a small random model of the same architecture; every axis that the layout splits is split in two. Exit code 0:
+losses, logprobs of every token, gradient norms and updated weights equal those of one process. docs/parallelism.md has more."""
 _DOCTOR_EPILOG = """examples:
   skyrl-mega doctor
   skyrl-mega doctor recipe=quickstart trainer.device=cuda    can this machine run that?"""
@@ -111,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="changes to the recorded settings, as in: parallel=tp2")
     replay.add_argument("--tolerance", type=float, metavar="X", help="largest difference of every number; default: by precision")
 
+    verify = add("verify-layout", _verify_layout, "Check a layout's logic, scaled down, on this CPU.", _VERIFY_EPILOG)
+    _add_config_arguments(verify)
+    verify.add_argument("--world-size", type=int, required=True, metavar="N", help="processes of the real job")
+    verify.add_argument("--max-ranks", type=int, default=8, metavar="N", help="most processes here; default: %(default)s")
+    verify.add_argument("--timeout", type=float, default=600.0, metavar="S", help="deadline of each run; default: %(default)s")
+    verify.add_argument("--details", action="store_true", help="print every number that was compared")
+
     doctor = add("doctor", _doctor, "What this machine has, and which backend each part will use.", _DOCTOR_EPILOG)
     _add_config_arguments(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -179,6 +192,24 @@ def _replay(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
         world_size=_from_environment("WORLD_SIZE", 1),
         shows=_from_environment("RANK", 0) == 0,
+    )
+
+
+def _verify_layout(arguments: argparse.Namespace) -> int:
+    if (launched := _from_environment("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"`verify-layout` starts its ranks itself; got {launched} processes. Start it without torchrun.")
+    if arguments.max_ranks < 2:
+        raise ConfigError(f"`--max-ranks` must be at least 2; got {arguments.max_ranks}. The default is 8.")
+    if not arguments.timeout > 0:
+        raise ConfigError(f"`--timeout` must be above 0; got {arguments.timeout}. The default is 600.")
+    from skyrl_mega.launch.verify_layout import run_verify_layout
+
+    return run_verify_layout(
+        _load(arguments),
+        world_size=arguments.world_size,
+        max_ranks=arguments.max_ranks,
+        timeout_s=arguments.timeout,
+        details=arguments.details,
     )
 
 

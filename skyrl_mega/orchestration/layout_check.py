@@ -63,7 +63,11 @@ def run_updates(config: Config, topology: Topology, updates: Sequence[list[Train
         batch = pack(config, topology, samples, share_prompts=shares_prompts(config, policy))
         held = {index for micro_batch in batch.micro_batches for index in micro_batch.sample_index.tolist()}
         computed = [sample for sample in samples if sample.sample_index in held]
-        logprobs.append(gather_rows(policy.compute_logprobs(batch), batch, computed, topology))
+        values = policy.compute_logprobs(batch)
+        if config.algorithm.kl.coef > 0.0:
+            for micro_batch, values_T in zip(batch.micro_batches, values, strict=True):
+                micro_batch.ref_logprobs = 0.9 * values_T  # any reference will do, if it is the same one everywhere
+        logprobs.append(gather_rows(values, batch, computed, topology))
         metrics.append(policy.train_step(batch))
     weights = {name: value.clone() for name, value in policy.iter_weights(torch.float32) if topology.is_main}
     return LayoutResult(logprobs, metrics, weights)
@@ -102,7 +106,8 @@ def _worst_entry(what: str, expected: Mapping, got: Mapping, tolerance: float) -
         if difference.numel() and float(difference.max()) > worst.difference:
             at = int(difference.argmax())
             before, after = float(expected[key].flatten()[at]), float(got[key].flatten()[at])
-            worst = Comparison(f"{what} (most: {key})", before, after, float(difference[at]), tolerance)
+            place = f"sample {key}" if isinstance(key, int) else key
+            worst = Comparison(f"{what} (most: {place})", before, after, float(difference[at]), tolerance)
     return worst
 
 
