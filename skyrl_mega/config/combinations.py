@@ -95,6 +95,88 @@ def _sequence_parallel_needs_tensor(config: Config, facts: Facts) -> Iterator[Fi
         )
 
 
+@rule("`parallel.overlap_param_gather` needs `parallel.overlap_grad_reduce` and `parallel.distributed_optimizer`")
+def _param_gather_overlaps_with_the_rest(config: Config, facts: Facts) -> Iterator[Finding]:
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not (parallel.overlap_grad_reduce and parallel.distributed_optimizer):
+        yield Finding(
+            f"they are {str(parallel.overlap_grad_reduce).lower()} and {str(parallel.distributed_optimizer).lower()}",
+            "Set both, or `parallel.overlap_param_gather=false`.",
+        )
+
+
+@rule("`parallel.overlap_tensor` needs `parallel.sequence_parallel`: what it overlaps is that mode's gathers and scatters")
+def _tensor_overlap_needs_sequence_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.parallel.overlap_tensor and not config.parallel.sequence_parallel:
+        yield Finding("`parallel.sequence_parallel` is false", "Set it, or `parallel.overlap_tensor=false`.")
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------
+
+
+@rule("`model.recompute_modules` must name core_attn, mlp or both where `model.recompute=selective`")
+def _selective_recompute_names_modules(config: Config, facts: Facts) -> Iterator[Finding]:
+    modules = config.model.recompute_modules
+    if config.model.recompute == "selective" and (not modules or set(modules) - {"core_attn", "mlp"}):
+        yield Finding(f"got {list(modules)}", "Set `model.recompute_modules=[core_attn]`, or `model.recompute=none`.")
+
+
+@rule("`model.recompute_layers` counts what `model.recompute=full` recomputes, at most the layers of a pipeline stage")
+def _recomputed_layers_exist(config: Config, facts: Facts) -> Iterator[Finding]:
+    layers, stages = config.model.recompute_layers, config.parallel.pipeline * config.parallel.virtual_pipeline
+    if layers > 0 and config.model.recompute != "full":
+        yield Finding(f"`model.recompute` is {config.model.recompute}", "Set `model.recompute=full`, or leave the count out.")
+    elif facts.model is not None and stages >= 1 and layers > facts.model.num_layers // stages:
+        yield Finding(f"{layers} of {facts.model.num_layers // stages}", "Set `model.recompute_layers=0` for all of them.")
+
+
+@rule("`model.offload_layers` must leave one layer on the device, and needs one pipeline stage and `model.recompute=none`")
+def _offloading_has_its_place(config: Config, facts: Facts) -> Iterator[Finding]:
+    layers = config.model.offload_layers
+    if layers == 0:
+        return
+    if config.parallel.pipeline > 1 or config.model.recompute != "none":
+        yield Finding(
+            f"`parallel.pipeline` is {config.parallel.pipeline} and `model.recompute` is {config.model.recompute}",
+            "Set `model.offload_layers=0`, or change the other.",
+        )
+    if facts.model is not None and layers >= facts.model.num_layers:
+        yield Finding(
+            f"{layers} of {facts.model.num_layers} layers", f"Set `model.offload_layers={facts.model.num_layers - 1}` or less."
+        )
+
+
+@rule(
+    "`model.fp8`, `model.offload_layers`, `optimizer.offload_fraction` and `parallel.overlap_tensor` are for CUDA:"
+    " `trainer.device` must not be cpu"
+)
+def _cuda_settings_need_cuda(config: Config, facts: Facts) -> Iterator[Finding]:
+    asked = {
+        "model.fp8": config.model.fp8 != "off",
+        "model.offload_layers": config.model.offload_layers > 0,
+        "optimizer.offload_fraction": config.optimizer.offload_fraction > 0.0,
+        "parallel.overlap_tensor": config.parallel.overlap_tensor,
+    }
+    for name, is_asked in asked.items():
+        if is_asked and config.trainer.device == "cpu":
+            yield Finding(f"`{name}` is set and `trainer.device` is cpu", f"Leave `{name}` out, or set `trainer.device=cuda`.")
+
+
+@rule("`model.fp8` needs `model.dtype=bfloat16`: the 8-bit products stand in for those of bfloat16")
+def _fp8_is_over_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.model.fp8 != "off" and config.model.dtype != "bfloat16":
+        yield Finding(f"`model.dtype` is {config.model.dtype}", "Choose `precision=fp8`, or set `model.fp8=off`.")
+
+
+@rule("`optimizer.offload_fraction` needs `parallel.distributed_optimizer`")
+def _offloaded_optimizer_is_distributed(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.optimizer.offload_fraction > 0.0 and not config.parallel.distributed_optimizer:
+        yield Finding("`parallel.distributed_optimizer` is false", "Set it, or `optimizer.offload_fraction=0`.")
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------------
+
+
 @rule(
     "`rollout.placement=in_process` needs a single process: an engine inside one rank of several would wait for the others"
     " forever"

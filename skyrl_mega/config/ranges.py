@@ -35,6 +35,8 @@ _OPEN_UNIT = Range(0, 1, is_low_open=True, is_high_open=True)
 
 RANGES: dict[str, Range] = {
     "model.logprob_chunk_tokens": _AT_LEAST_1,
+    "model.recompute_layers": _AT_LEAST_0,
+    "model.offload_layers": _AT_LEAST_0,
     "parallel.tensor": _AT_LEAST_1,
     "parallel.pipeline": _AT_LEAST_1,
     "parallel.virtual_pipeline": _AT_LEAST_1,
@@ -51,6 +53,7 @@ RANGES: dict[str, Range] = {
     "optimizer.beta2": Range(0, 1, is_high_open=True),
     "optimizer.eps": _ABOVE_0,
     "optimizer.weight_decay": _AT_LEAST_0,
+    "optimizer.offload_fraction": Range(0, 1),
     "optimizer.clip_grad_norm": _AT_LEAST_0,
     "rollout.temperature": _ABOVE_0,
     "rollout.top_p": Range(0, 1, is_low_open=True),

@@ -43,7 +43,19 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flash", "transformer_engine"] = opt(
         "auto", "Packed attention: torch SDPA, flash-attn varlen, or TransformerEngine. auto: what the device has, best first."
     )
-    recompute: Literal["none", "full"] = opt("none", "Activation recomputation in the backward pass.")
+    recompute: Literal["none", "selective", "full"] = opt(
+        "none", "Recompute activations in the backward pass: those of recompute_modules, or whole layers."
+    )
+    recompute_modules: tuple[str, ...] = opt(
+        None,
+        "What recompute=selective recomputes in every layer: attention (core_attn), feed-forward (mlp).",
+        factory=lambda: ("core_attn",),
+    )
+    recompute_layers: int = opt(0, "How many layers of a stage recompute=full recomputes; 0: all.")
+    offload_layers: int = opt(0, "Layers whose activations wait in host memory for the backward pass (CUDA, TransformerEngine).")
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = opt(
+        "off", "Matrix products of the layers in 8 bits, by this scaling recipe of TransformerEngine (CUDA)."
+    )
     logprob_chunk_tokens: int = opt(1024, "Rows of the LM head computed at once; bounds the [rows, vocabulary] logits.")
     kernels: Literal["auto", "reference", "cpu", "triton"] = opt(
         "auto", "LM-head kernels: torch reference, C++ for CPU, Triton. auto: SKYRL_MEGA_KERNELS, else the best that can run."
@@ -68,6 +80,13 @@ class ParallelConfig:
     context: int = opt(1, "Context-parallel size.")
     sequence_parallel: bool = opt(False, "Shard norm and dropout activations along the sequence over tensor ranks.")
     distributed_optimizer: bool = opt(True, "Shard optimizer state over data-parallel ranks (no effect with one rank).")
+    overlap_grad_reduce: bool = opt(False, "Reduce gradients over data-parallel ranks while the last backward pass still runs.")
+    overlap_param_gather: bool = opt(
+        False, "Gather updated weights while the next update's forward runs; pays with updates_per_step > 1."
+    )
+    overlap_tensor: bool = opt(
+        False, "Overlap tensor-parallel exchange with matrix products (CUDA, TransformerEngine, sequence_parallel)."
+    )
     timeout_s: float = opt(600.0, "Deadline of every wait between ranks, rollouts of rank 0 included; a late rank ends the job.")
 
 
@@ -108,6 +127,7 @@ class OptimizerConfig:
     beta2: float = opt(0.999, "AdamW beta2.")
     eps: float = opt(1e-8, "AdamW epsilon.")
     weight_decay: float = opt(0.0, "Decoupled weight decay; never applied to norms and biases.")
+    offload_fraction: float = opt(0.0, "Share of the optimizer's state that is kept and updated in host memory (CUDA).")
     clip_grad_norm: float = opt(1.0, "Global gradient norm limit; 0 turns clipping off.")
 
 

@@ -24,7 +24,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from skyrl_mega.config.schema import Config
-from skyrl_mega.errors import ConfigError
+from skyrl_mega.errors import BackendUnavailableError, ConfigError
 from skyrl_mega.models.attention import PackedSequences, choose_backend
 from skyrl_mega.models.families import Architecture, inverse_frequencies, padded_vocab_size, read_architecture
 from skyrl_mega.models.layers import block_spec, transformer_engine_layers_available
@@ -131,6 +131,7 @@ def build_model(config: Config, topology: Topology) -> list[PolicyModel]:
     install_megatron_cpu_shim()
     architecture = read_architecture(config.model.path)
     _check_layout(architecture, topology, config.parallel.virtual_pipeline)
+    _check_transformer_engine(config, topology.device)
     dtype = DTYPES[config.model.dtype]
     backend = choose_backend(config.model.attention, topology.device, dtype)
     layout = transformer_config(architecture, config, topology)
@@ -148,9 +149,6 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
     """Megatron's configuration of the architecture in this layout."""
     a, dtype = architecture, DTYPES[config.model.dtype]
     interleaved = config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None
-    recompute: dict[str, Any] = {}
-    if config.model.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
@@ -196,8 +194,42 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         cuda_graph_scope=[],  # unused; Megatron's own default warns that it is deprecated
-        **recompute,
+        tp_comm_overlap=config.parallel.overlap_tensor,
+        **_memory_settings(config),
     )
+
+
+def _memory_settings(config: Config) -> dict[str, Any]:
+    """What Megatron calls activation recomputation, offloading and fp8."""
+    model = config.model
+    settings: dict[str, Any] = {}
+    if model.recompute == "selective":
+        settings |= {"recompute_granularity": "selective", "recompute_modules": list(model.recompute_modules)}
+    elif model.recompute == "full":
+        method, layers = ("block", model.recompute_layers) if model.recompute_layers else ("uniform", 1)
+        settings |= {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+    if model.offload_layers:
+        settings |= {"cpu_offloading": True, "cpu_offloading_num_layers": model.offload_layers, "cpu_offloading_weights": False}
+    if model.fp8 != "off":
+        # e4m3 has the finer steps; only the recipes with one scale for a whole tensor need e5m2's range for gradients.
+        settings |= {"fp8": "hybrid" if model.fp8 in ("delayed", "tensorwise") else "e4m3", "fp8_recipe": model.fp8}
+    return settings
+
+
+def _check_transformer_engine(config: Config, device: torch.device) -> None:
+    """Refuses what only TransformerEngine's layers can do where they don't run."""
+    asked = {
+        "model.fp8": config.model.fp8 != "off",
+        "model.offload_layers": config.model.offload_layers > 0,
+        "parallel.overlap_tensor": config.parallel.overlap_tensor,
+    }
+    names = [f"`{name}`" for name, is_asked in asked.items() if is_asked]
+    if names and not transformer_engine_layers_available(device):
+        raise BackendUnavailableError(
+            f"{', '.join(names)} needs TransformerEngine's layers, and the device is {device.type} "
+            f"{'without the package transformer-engine' if device.type == 'cuda' else ''}: install the extra "
+            "(pip install 'skyrl-mega[te]') on a CUDA machine, or leave it out."
+        )
 
 
 def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:

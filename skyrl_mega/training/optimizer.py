@@ -27,7 +27,12 @@ def learning_rate(config: OptimizerConfig, update: int) -> float:
 
 
 def build_optimizer(
-    config: OptimizerConfig, chunks: list[DistributedDataParallel], *, dtype: torch.dtype, distributed: bool
+    config: OptimizerConfig,
+    chunks: list[DistributedDataParallel],
+    *,
+    dtype: torch.dtype,
+    distributed: bool,
+    overlap_param_gather: bool,
 ) -> MegatronOptimizer:
     """Megatron's optimizer over `chunks`; every setting of `config` reaches AdamW. All ranks call.
 
@@ -48,6 +53,11 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=overlap_param_gather,
+        optimizer_cpu_offload=config.offload_fraction > 0.0,
+        optimizer_offload_fraction=config.offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=config.offload_fraction > 0.0,
+        use_precision_aware_optimizer=config.offload_fraction > 0.0,  # what its sharded form is built on
     )
     # The standard overrides exempt norms and biases from weight decay; Megatron applies none unless asked.
     optimizer = get_megatron_optimizer(megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config))

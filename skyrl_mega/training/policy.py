@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from skyrl_mega.parallel.topology import Topology
 
 
+#: Tokens of a rank's matrix products come in multiples of this, by recipe of `model.fp8`.
+FP8_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+
+
 class Policy:
     """Implements `protocols.PolicyLike`; every method is called by all ranks.
 
@@ -47,8 +51,13 @@ class Policy:
         self.num_updates = 0
         self._fuses_loss = fuses_loss(config)
         self._exporter = HFExporter(chunks, config.model.path, topology)
-        distributed = config.parallel.distributed_optimizer
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+        parallel = config.parallel
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
         # Gradients of the later chunks of a stage need no small buckets: only the first chunk's backward ends last.
         self.ddps = [
             DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
@@ -57,10 +66,18 @@ class Policy:
         for ddp in self.ddps:
             ddp.broadcast_params()
         self.optimizer = optim.build_optimizer(
-            config.optimizer, self.ddps, dtype=getattr(torch, config.model.dtype), distributed=distributed
+            config.optimizer,
+            self.ddps,
+            dtype=getattr(torch, config.model.dtype),
+            distributed=parallel.distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         )
+        self._gather_is_pending = False
         # The loss is already normalised by the global batch, so finalising must not divide by a token count.
         chunks[0].config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize(chunks, None, **groups)
+        if parallel.overlap_grad_reduce:
+            # Reductions start in the last micro-batch's backward; the schedules hold them back before it.
+            chunks[0].config.no_sync_func = [ddp.no_sync for ddp in self.ddps] if len(chunks) > 1 else self.ddps[0].no_sync
 
     @classmethod
     def from_hf(cls, config: Config, topology: Topology) -> Policy:
@@ -85,6 +102,7 @@ class Policy:
         Those that the rollout's sampler draws from (its temperature, top-k and top-p), or of the whole vocabulary at the
         `temperature` given; 0 where loss_mask is False.
         """
+        self._complete_weights()
         return forward_logprobs(self.chunks, batch, self.config, self.topology, temperature=temperature)
 
     def train_step(self, batch: TrainBatch) -> Metrics:
@@ -106,6 +124,7 @@ class Policy:
             raise NumericsError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
         with self.topology.deadline("update"):
             grad_norm, lr = optim.step(self.optimizer, self.config.optimizer, self.num_updates)
+        self._gather_is_pending = self.config.parallel.overlap_param_gather
         self.num_updates += 1
         metrics |= {
             "update/grad_norm": grad_norm,
@@ -124,8 +143,16 @@ class Policy:
         micro_batch = to_device(next(micro_batches), self.topology.device)
         return forward_hidden(model, micro_batch), partial(self._loss, batch, micro_batch)
 
+    def _complete_weights(self) -> None:
+        """Gathers the weights of the last update, where that was left to the next update's forward. *All ranks.*"""
+        if self._gather_is_pending:
+            for ddp in self.ddps:
+                ddp.start_param_sync(force_sync=True)
+            self._gather_is_pending = False
+
     def _loss(self, batch: TrainBatch, micro_batch: MicroBatch, hidden_TH: torch.Tensor) -> tuple:
         """(objective, token count, statistics): the triple that Megatron's schedule expects of a loss function."""
+        self._gather_head()
         weights_T = reduction_weights(
             self.config.algorithm.reduction,
             micro_batch.loss_mask,
@@ -143,7 +170,29 @@ class Policy:
             head = head_logprobs(*place, return_entropy=True)
             every_token = torch.arange(micro_batch.num_tokens, device=hidden_TH.device)
             loss, stats = objective(every_token, head.logprobs, head.entropy)
+        if self.config.parallel.overlap_grad_reduce:
+            loss.register_hook(self._announce_head_gradient)
         return loss, torch.zeros([], dtype=torch.int, device=hidden_TH.device), stats
+
+    def _gather_head(self) -> None:
+        """Waits for the head's updated weight. For weights that a module's forward uses, hooks of Megatron's do this."""
+        if self.config.parallel.overlap_param_gather:
+            from skyrl_mega.models.build import output_weight
+
+            self.ddps[-1].param_to_bucket_group[output_weight(self.chunks[-1])].finish_param_sync()
+
+    def _announce_head_gradient(self, _: torch.Tensor) -> None:
+        """Before each backward pass: what Megatron's reduction wants to see of a weight whose gradient autograd never holds.
+
+        The head's kernels add it to `main_grad` themselves. An embedding that is the head too is announced by its own gradient.
+        """
+        from skyrl_mega.models.build import output_weight
+
+        head = self.chunks[-1]
+        if not (head.pre_process and head.share_embeddings_and_output_weights):
+            weight = output_weight(head)
+            weight.grad_added_to_main_grad = True
+            weight.grad = weight.new_zeros(()).expand_as(weight)
 
     def _reduce(self, outputs: Sequence[LossStats]) -> Metrics:
         """The statistics of all micro-batches of all data-parallel ranks, and which kernels ran. Last pipeline stage only."""
@@ -159,6 +208,7 @@ class Policy:
         """Model and optimizer as a Megatron dist checkpoint holds them."""
         from skyrl_mega.models.build import sharded_state
 
+        self._complete_weights()
         model_state = sharded_state(self.chunks)
         return {"model": model_state, "optimizer": optim.sharded_state(self.optimizer, model_state, loading=loading)}
 
@@ -176,19 +226,21 @@ class Policy:
         return self._exporter.fused_groups()
 
     def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        self._complete_weights()
         return self._exporter.iter_weights(dtype)
 
     def save_hf(self, output: str) -> None:
         """Writes the policy as a Hugging Face directory with the source's config and tokenizer files."""
         from skyrl_mega.models.hf_io import save_hf
 
+        self._complete_weights()
         save_hf(self._exporter, self.config.model.path, output, getattr(torch, self.config.model.dtype))
 
 
 def packing_multiples(config: Config, topology: Topology) -> dict[str, int]:
     """What the layout asks of `balance_and_pack`: tokens per micro-batch, and micro-batches per update, in multiples."""
     return {
-        "pad_to_multiple": topology.tp_size if config.parallel.sequence_parallel else 1,
+        "pad_to_multiple": (topology.tp_size if config.parallel.sequence_parallel else 1) * FP8_TOKENS.get(config.model.fp8, 1),
         # The interleaved schedule sends micro-batches through the stages in groups of the pipeline's size.
         "micro_batch_multiple": topology.pp_size if config.parallel.virtual_pipeline > 1 else 1,
     }
