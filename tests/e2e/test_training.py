@@ -258,3 +258,12 @@ def wait_for_rank_1_after(metrics: Path, *, step: int, launcher: subprocess.Pope
         if b"RANK=1" in variables and b"skyrl_mega.train" in words and f"trainer.run_dir={metrics.parent}".encode() in words:
             return int(entry.name)
     raise AssertionError("rank 1 is not running")
+
+
+def test_memory_does_not_creep(home):
+    """200 steps with rollout, sync, evaluation, probe and checkpoints, engine in the same process."""
+    run_dir = home / "long"
+    run(home, run_dir, "trainer.max_steps=200", "evaluation.interval_steps=10", "checkpoint.interval_steps=10", timeout=580)
+    peaks = {row["step"]: row["memory/peak_rss_bytes"] for row in read_metrics(run_dir)}
+    assert max(peaks) == 200
+    assert peaks[200] <= 1.02 * peaks[20], f"{peaks[20]:,.0f} bytes after 20 steps, {peaks[200]:,.0f} after 200"

@@ -202,10 +202,76 @@ BAD_COMBINATIONS = {
         ["parallel.pipeline=3"],
         3,
         [
-            "`parallel.pipeline` must divide the model's number of layers",
-            "`parallel.pipeline` is 3 and the model has 2 layers",
+            "`parallel.pipeline` x `parallel.virtual_pipeline` must divide the model's number of layers",
+            "they are 3 and 1, and the model has 2 layers",
             "1, 2",
         ],
+    ),
+    "chunks of a pipeline": (
+        ["parallel=pp2_vpp2"],
+        2,
+        ["must divide the model's number of layers", "they are 2 and 2, and the model has 2 layers", "1, 2"],
+    ),
+    "chunks without a pipeline": (
+        ["parallel.virtual_pipeline=2"],
+        1,
+        ["needs `parallel.pipeline` > 1", "`parallel.virtual_pipeline` is 2", "parallel=pp2_vpp2"],
+    ),
+    "gather overlap alone": (
+        ["parallel.overlap_param_gather=true"],
+        2,
+        ["needs `parallel.overlap_grad_reduce`", "they are false and true", "`parallel.overlap_param_gather=false`"],
+    ),
+    "tensor overlap alone": (
+        ["parallel.overlap_tensor=true", "parallel.tensor=2"],
+        2,
+        ["needs `parallel.sequence_parallel`", "is false"],
+    ),
+    "recompute of nothing": (
+        ["model.recompute=selective", "model.recompute_modules=[]"],
+        1,
+        ["must name core_attn, mlp or both", "got []", "`model.recompute=none`"],
+    ),
+    "recompute of something else": (
+        ["model.recompute=selective", "model.recompute_modules=[moe_act]"],
+        1,
+        ["must name core_attn, mlp or both", "['moe_act']"],
+    ),
+    "layers to recompute without recomputing": (
+        ["model.recompute_layers=1"],
+        1,
+        ["`model.recompute_layers` counts", "`model.recompute` is none"],
+    ),
+    "more layers to recompute than there are": (
+        ["model.recompute=full", "model.recompute_layers=2", "parallel.pipeline=2"],
+        2,
+        ["`model.recompute_layers` counts", "2 of 1", "`model.recompute_layers=0`"],
+    ),
+    "offloading with recomputing": (
+        ["model.offload_layers=1", "model.recompute=full"],
+        1,
+        ["`model.offload_layers` must leave one layer", "`model.recompute` is full"],
+    ),
+    "offloading every layer": (
+        ["model.offload_layers=2"],
+        1,
+        ["must leave one layer", "2 of 2 layers", "`model.offload_layers=1`"],
+    ),
+    "CUDA settings on CPU": (
+        ["precision=fp8", "optimizer.offload_fraction=0.5", "model.offload_layers=1", "trainer.device=cpu"],
+        1,
+        ["are for CUDA", "`model.fp8` is set", "`optimizer.offload_fraction` is set", "`model.offload_layers` is set"],
+    ),
+    "fp8 over float32": (
+        ["model.fp8=delayed", "precision=float32"],
+        1,
+        ["`model.fp8` needs `model.dtype=bfloat16`", "`model.dtype` is float32", "`precision=fp8`"],
+    ),
+    "offloaded share": (["optimizer.offload_fraction=1.5"], 1, ["`optimizer.offload_fraction` must be in [0, 1]", "got 1.5"]),
+    "offloaded optimizer in one piece": (
+        ["optimizer.offload_fraction=1", "parallel.distributed_optimizer=false"],
+        1,
+        ["needs `parallel.distributed_optimizer`", "is false"],
     ),
     "context": (
         ["parallel.context=2"],
