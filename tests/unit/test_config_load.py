@@ -98,13 +98,7 @@ def test_every_shipped_option_loads_and_sets_what_its_file_says(group, option):
 
 def test_files_repeat_no_default():
     """Options that undo a recipe's choice are the exception: undoing is writing the default."""
-    undoing = {
-        ("precision", "bfloat16"),
-        ("precision", "fp8"),
-        ("parallel", "single"),
-        ("parallel", "dp2"),
-        ("parallel", "tp2_sp"),
-    }
+    undoing = {("precision", name) for name in ("bfloat16", "fp8")} | {("parallel", name) for name in ("single", "dp2", "tp2_sp")}
     defaults = {setting.key: setting.default for setting in all_settings()}
     directories = config_directories()
     repeated = [
