@@ -147,14 +147,14 @@ def _offloading_has_its_place(config: Config, facts: Facts) -> Iterator[Finding]
 
 
 @rule(
-    "`model.fp8`, `model.offload_layers`, `optimizer.offload_fraction` and `parallel.overlap_tensor` are for CUDA:"
+    "`model.fp8`, `model.offload_layers`, `optimizer.offload` and `parallel.overlap_tensor` are for CUDA:"
     " `trainer.device` must not be cpu"
 )
 def _cuda_settings_need_cuda(config: Config, facts: Facts) -> Iterator[Finding]:
     asked = {
         "model.fp8": config.model.fp8 != "off",
         "model.offload_layers": config.model.offload_layers > 0,
-        "optimizer.offload_fraction": config.optimizer.offload_fraction > 0.0,
+        "optimizer.offload": config.optimizer.offload,
         "parallel.overlap_tensor": config.parallel.overlap_tensor,
     }
     for name, is_asked in asked.items():
@@ -166,12 +166,6 @@ def _cuda_settings_need_cuda(config: Config, facts: Facts) -> Iterator[Finding]:
 def _fp8_is_over_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.model.fp8 != "off" and config.model.dtype != "bfloat16":
         yield Finding(f"`model.dtype` is {config.model.dtype}", "Choose `precision=fp8`, or set `model.fp8=off`.")
-
-
-@rule("`optimizer.offload_fraction` needs `parallel.distributed_optimizer`")
-def _offloaded_optimizer_is_distributed(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.optimizer.offload_fraction > 0.0 and not config.parallel.distributed_optimizer:
-        yield Finding("`parallel.distributed_optimizer` is false", "Set it, or `optimizer.offload_fraction=0`.")
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------------

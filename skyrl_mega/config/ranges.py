@@ -53,7 +53,6 @@ RANGES: dict[str, Range] = {
     "optimizer.beta2": Range(0, 1, is_high_open=True),
     "optimizer.eps": _ABOVE_0,
     "optimizer.weight_decay": _AT_LEAST_0,
-    "optimizer.offload_fraction": Range(0, 1),
     "optimizer.clip_grad_norm": _AT_LEAST_0,
     "rollout.temperature": _ABOVE_0,
     "rollout.top_p": Range(0, 1, is_low_open=True),

@@ -127,7 +127,7 @@ class OptimizerConfig:
     beta2: float = opt(0.999, "AdamW beta2.")
     eps: float = opt(1e-8, "AdamW epsilon.")
     weight_decay: float = opt(0.0, "Decoupled weight decay; never applied to norms and biases.")
-    offload_fraction: float = opt(0.0, "Share of the optimizer's state that is kept and updated in host memory (CUDA).")
+    offload: bool = opt(False, "Keep moments and float32 masters in host memory, but for the update itself (CUDA).")
     clip_grad_norm: float = opt(1.0, "Global gradient norm limit; 0 turns clipping off.")
 
 

@@ -54,10 +54,6 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
         overlap_param_gather=overlap_param_gather,
-        optimizer_cpu_offload=config.offload_fraction > 0.0,
-        optimizer_offload_fraction=config.offload_fraction,
-        overlap_cpu_optimizer_d2h_h2d=config.offload_fraction > 0.0,
-        use_precision_aware_optimizer=config.offload_fraction > 0.0,  # what its sharded form is built on
     )
     # The standard overrides exempt norms and biases from weight decay; Megatron applies none unless asked.
     optimizer = get_megatron_optimizer(megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config))

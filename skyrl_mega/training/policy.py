@@ -20,6 +20,7 @@ from skyrl_mega.algorithms.reductions import reduction_weights
 from skyrl_mega.errors import ConfigError, NumericsError
 from skyrl_mega.training import optimizer as optim
 from skyrl_mega.training.logprobs import head_logprobs, head_loss, to_device
+from skyrl_mega.training.parking import ParkedState
 from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
 from skyrl_mega_kernels.backends import backends_that_ran
 
@@ -73,6 +74,8 @@ class Policy:
             overlap_param_gather=parallel.overlap_param_gather,
         )
         self._gather_is_pending = False
+        weights = [weight for chunk in chunks for weight in chunk.parameters()]
+        self._parked = ParkedState(self.optimizer, weights) if config.optimizer.offload else None
         # The loss is already normalised by the global batch, so finalising must not divide by a token count.
         chunks[0].config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize(chunks, None, **groups)
         if parallel.overlap_grad_reduce:
@@ -122,9 +125,12 @@ class Policy:
         if not math.isfinite(metrics["loss/total"]):
             parts = {name: value for name, value in metrics.items() if name.startswith("loss/")}
             raise NumericsError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
+        if self._parked is not None:
+            self._parked.fetch()
         with self.topology.deadline("update"):
             grad_norm, lr = optim.step(self.optimizer, self.config.optimizer, self.num_updates)
         self._gather_is_pending = self.config.parallel.overlap_param_gather
+        self.park_optimizer()
         self.num_updates += 1
         metrics |= {
             "update/grad_norm": grad_norm,
@@ -202,6 +208,11 @@ class Policy:
         kernels = {f"kernels/{operator}/{backend}": 1.0 for operator, ran in backends_that_ran().items() for backend in ran}
         return mean_stats(reduce(sums, op="sum")) | reduce(maxima, op="max") | kernels
 
+    def park_optimizer(self) -> None:
+        """Moves the optimizer's state to host memory again, where `optimizer.offload` asks for that. *All ranks.*"""
+        if self._parked is not None:
+            self._parked.park()
+
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
@@ -209,6 +220,8 @@ class Policy:
         from skyrl_mega.models.build import sharded_state
 
         self._complete_weights()
+        if self._parked is not None:
+            self._parked.fetch()
         model_state = sharded_state(self.chunks)
         return {"model": model_state, "optimizer": optim.sharded_state(self.optimizer, model_state, loading=loading)}
 

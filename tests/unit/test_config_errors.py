@@ -258,25 +258,14 @@ BAD_COMBINATIONS = {
         ["must leave one layer", "2 of 2 layers", "`model.offload_layers=1`"],
     ),
     "CUDA settings on CPU": (
-        ["precision=fp8", "optimizer.offload_fraction=0.5", "model.offload_layers=1", "trainer.device=cpu"],
+        ["precision=fp8", "optimizer.offload=true", "model.offload_layers=1", "trainer.device=cpu"],
         1,
-        ["are for CUDA", "`model.fp8` is set", "`optimizer.offload_fraction` is set", "`model.offload_layers` is set"],
+        ["are for CUDA", "`model.fp8` is set", "`optimizer.offload` is set", "`model.offload_layers` is set"],
     ),
     "fp8 over float32": (
         ["model.fp8=delayed", "precision=float32"],
         1,
         ["`model.fp8` needs `model.dtype=bfloat16`", "`model.dtype` is float32", "`precision=fp8`"],
-    ),
-    "offloaded share": (["optimizer.offload_fraction=1.5"], 1, ["`optimizer.offload_fraction` must be in [0, 1]", "got 1.5"]),
-    "offloaded optimizer in one piece": (
-        ["optimizer.offload_fraction=1", "parallel.distributed_optimizer=false"],
-        1,
-        ["needs `parallel.distributed_optimizer`", "is false"],
-    ),
-    "context": (
-        ["parallel.context=2"],
-        2,
-        ["`parallel.context` must be 1", "`parallel.context` is 2", "`parallel.context=1`"],
     ),
     "world size": (
         ["parallel.tensor=2"],

@@ -1,0 +1,54 @@
+"""Optimizer state in host memory between updates: gone from the device, and the updates are bit for bit the same."""
+
+import pytest
+import torch
+
+from helpers.policy import make_policy, tiny_config
+from skyrl_mega.data.synthetic import random_samples
+from skyrl_mega.orchestration.loop import pack
+from skyrl_mega.training.parking import own_tensors
+
+
+def update(policy, seed: int) -> None:
+    batch = pack(policy.config, policy.topology, random_samples(5, 3, seed=seed), share_prompts=True)
+    assert policy.train_step(batch)["update/skipped"] == 0.0
+
+
+def three_updates(config) -> dict[str, torch.Tensor]:
+    with make_policy(config) as policy:
+        for seed in (1, 2, 3):
+            update(policy, seed)
+        return {name: value.clone() for name, value in policy.iter_weights(torch.float32)}
+
+
+#: Bytes of state per weight: two moments in float32, and in bfloat16 a float32 master.
+@pytest.mark.parametrize(
+    ("dtype", "distributed", "bytes_per_weight"), [("bfloat16", "true", 12), ("float32", "true", 8), ("bfloat16", "false", 12)]
+)
+def test_parked_state_is_off_the_device_and_changes_no_update(dtype, distributed, bytes_per_weight, tmp_path):
+    settings = [f"model.dtype={dtype}", f"parallel.distributed_optimizer={distributed}", "optimizer.lr=1e-3"]
+    config = tiny_config(tmp_path, *settings)
+    expected = three_updates(config)
+    parked = tiny_config(tmp_path, *settings, "optimizer.offload=true")
+    got = three_updates(parked)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    with make_policy(parked) as policy:
+        num_weights = sum(weight.numel() for weight in policy.chunks[0].parameters())
+        state = policy._parked
+        assert num_weights * bytes_per_weight <= state.size_bytes <= 1.02 * num_weights * bytes_per_weight
+        for seed in (1, 2):
+            update(policy, seed)
+            assert sum(tensor.untyped_storage().nbytes() for tensor in state._tensors) == 0
+        assert own_tensors(policy.optimizer, policy.chunks[0].parameters()) == []
+
+
+def test_a_checkpoint_sees_the_state_that_is_parked(tmp_path):
+    config = tiny_config(tmp_path, "optimizer.offload=true", "optimizer.lr=1e-3")
+    with make_policy(config) as policy:
+        update(policy, 1)
+        assert policy._parked.is_parked
+        policy.sharded_state(loading=False)
+        moments = [state["exp_avg"] for part in policy.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+        assert any(float(moment.abs().sum()) > 0 for moment in moments)
+        policy.park_optimizer()
+        assert policy._parked.is_parked
