@@ -167,6 +167,27 @@ class TrainSample:
         return int(self.loss_mask.sum())
 
 
+@dataclass(frozen=True)
+class ContextPart:
+    """How a context-parallel rank's part of a micro-batch lies in the whole one. Every tensor is int64 [S], on CPU.
+
+    Attention speaks of key rows: the `num_tokens` rows of the whole micro-batch in its own order, then this rank's padding.
+    `key_places` (int64, one entry a key row) says where each lies among the rows of all ranks end to end: row i of rank r is
+    r * T + i, and T is the same on every rank.
+
+    The part's sequences are chunks of whole ones. Each chunk's queries see, of key rows: a trunk (`trunk_starts`,
+    `trunk_lengths`; 0 where there is none), the `before` tokens of their sequence ahead of the chunk, and causally the chunk
+    itself, which begins at `starts`.
+    """
+
+    num_tokens: int
+    key_places: torch.Tensor
+    starts: torch.Tensor
+    before: torch.Tensor
+    trunk_starts: torch.Tensor
+    trunk_lengths: torch.Tensor
+
+
 @dataclass
 class MicroBatch:
     """Packed sequences for one forward/backward, label-aligned. Every tensor is 1-D.
@@ -179,6 +200,8 @@ class MicroBatch:
     that last token and one response without its last token, so every position of a branch has a label.
     `old_logprobs` and `ref_logprobs` float32 [T] are filled by the passes that compute them; entries where loss_mask is
     False are 0.
+    `context` is set where this is a context-parallel rank's part of a micro-batch: its sequences are then chunks (the last
+    may be padding), with the sample_index and the loss_tokens_per_sequence of the whole sequence, and no prefix_segments.
     """
 
     input_ids: torch.Tensor
@@ -194,6 +217,7 @@ class MicroBatch:
     prefix_segments: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    context: ContextPart | None = None
 
     @property
     def num_tokens(self) -> int:

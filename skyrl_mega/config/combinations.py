@@ -29,15 +29,6 @@ def _model_size(config: Config) -> int:
 # ---- layout ---------------------------------------------------------------------------------------------------------------
 
 
-@rule("`parallel.context` must be 1: this version shards by tensor, pipeline and data parallelism only")
-def _no_context_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.parallel.context > 1:
-        yield Finding(
-            f"`parallel.context` is {config.parallel.context}",
-            "Set `parallel.context=1`, and use `parallel.tensor`, `parallel.pipeline` or more processes.",
-        )
-
-
 @rule("`parallel.pipeline` x `parallel.virtual_pipeline` must divide the model's number of layers")
 def _pipeline_divides_layers(config: Config, facts: Facts) -> Iterator[Finding]:
     model, stages, virtual = facts.model, config.parallel.pipeline, config.parallel.virtual_pipeline
@@ -381,14 +372,6 @@ def _kernels_fit_device(config: Config, facts: Facts) -> Iterator[Finding]:
         yield Finding(
             f"`model.kernels` is {config.model.kernels} and `trainer.device` is {config.trainer.device}",
             "Set `model.kernels=auto`.",
-        )
-
-
-@rule("`trainer.share_prompts=on` needs `model.attention` sdpa (or auto, where that is what runs)")
-def _shared_prompts_need_sdpa(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.trainer.share_prompts == "on" and config.model.attention in ("flash", "transformer_engine"):
-        yield Finding(
-            f"`model.attention` is {config.model.attention}", "Set `trainer.share_prompts=auto`, or `model.attention=sdpa`."
         )
 
 

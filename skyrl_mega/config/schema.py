@@ -77,7 +77,7 @@ class ParallelConfig:
     virtual_pipeline: int = opt(
         1, "Model chunks per pipeline stage, interleaved to shorten the pipeline's idle time; tensor traffic grows with it."
     )
-    context: int = opt(1, "Context-parallel size.")
+    context: int = opt(1, "Context-parallel size: ranks that share every sequence, each computing an equal part of its tokens.")
     sequence_parallel: bool = opt(False, "Shard norm and dropout activations along the sequence over tensor ranks.")
     distributed_optimizer: bool = opt(True, "Shard optimizer state over data-parallel ranks (no effect with one rank).")
     overlap_grad_reduce: bool = opt(False, "Reduce gradients over data-parallel ranks while the last backward pass still runs.")
@@ -219,7 +219,7 @@ class TrainerConfig:
     updates_per_step: int = opt(1, "Optimizer updates made from one step's trajectories; must divide prompts_per_step.")
     tokens_per_micro_batch: int = opt(4096, "Packed tokens in one forward/backward on one data-parallel rank.")
     share_prompts: Literal["auto", "on", "off"] = opt(
-        "auto", "Compute a prompt once for all samples of its group (exact); auto: where the attention backend can (sdpa)."
+        "auto", "Compute a prompt once for all samples of its group (exact); auto: unless attention is TransformerEngine's."
     )
     max_steps: int = opt(100, "Steps of the loop.")
     max_staleness: int = opt(0, "Weight versions a trajectory may lag behind; 0: synchronous.")

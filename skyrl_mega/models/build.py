@@ -25,13 +25,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from skyrl_mega.config.schema import Config
 from skyrl_mega.errors import BackendUnavailableError, ConfigError
-from skyrl_mega.models.attention import PackedSequences, choose_backend
+from skyrl_mega.models.attention import choose_backend
+from skyrl_mega.models.attention_layout import AttentionLayout
 from skyrl_mega.models.families import Architecture, inverse_frequencies, padded_vocab_size, read_architecture
 from skyrl_mega.models.layers import block_spec, transformer_engine_layers_available
-from skyrl_mega.models.shared_prompts import SharedPromptLayout
 from skyrl_mega.parallel.device import install_megatron_cpu_shim
 from skyrl_mega.parallel.topology import Topology
-from skyrl_mega.types import MicroBatch
+from skyrl_mega.types import ContextPart, MicroBatch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -77,26 +77,29 @@ class PolicyModel(GPTModel):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
         prefix_segments: torch.Tensor | None = None,
+        context: ContextPart | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the final norm, [T, H] in the model's dtype, the same on every tensor rank. *All tensor ranks.*
+        """Hidden states after the final norm, [T, H] in the model's dtype, the same on every tensor rank.
+
+        *All tensor and context ranks.* T are this context rank's tokens (with `context`, a multiple of the
+        tensor ranks under sequence parallelism).
 
         A pipeline stage that is not the last gives what the next one takes, [T, 1, H] (this tensor rank's rows of it under
         sequence parallelism); a later stage takes it from Megatron's schedule. input_ids, position_ids int64 [T]; cu_seqlens
         int32 [S+1]; position_ids count from 0 in each sequence (a branch on a shared prompt goes on counting); prefix_segments
-        int64 [S] as in MicroBatch. Differentiable.
+        int64 [S] and context as in MicroBatch. Differentiable.
         """
         num_tokens = input_ids.size(0)
         if self.config.sequence_parallel:
             input_ids, position_ids, cu_seqlens = self._pad_to_tensor_ranks(input_ids, position_ids, cu_seqlens)
-        shared = None if prefix_segments is None else SharedPromptLayout(cu_seqlens, prefix_segments)
-        packed = PackedSequences(cu_seqlens, max_seqlen, shared)
+        layout = AttentionLayout(cu_seqlens, max_seqlen, prefix_segments, context)
         # A later stage's block takes its input from the schedule, which has set it.
         hidden = self.embedding(input_ids=input_ids[None], position_ids=position_ids[None]) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=self._rotary(position_ids),
-            packed_seq_params=packed,
+            packed_seq_params=layout,
         )
         if not self.post_process:
             return hidden
@@ -237,11 +240,6 @@ def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _check_layout(architecture: Architecture, topology: Topology, virtual_pipeline: int) -> None:
-    if topology.cp_size > 1:
-        raise ConfigError(
-            f"`parallel.context` ({topology.cp_size}) must be 1: packed policies are built for tensor, pipeline and data "
-            "parallelism so far."
-        )
     chunks = topology.pp_size * virtual_pipeline
     if architecture.num_layers % chunks:
         raise ConfigError(
@@ -281,7 +279,7 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
 def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """Hidden states [T, H] of a micro-batch, through `model` or its DDP wrapper; moves the inputs to the model's device.
 
-    *All tensor ranks.* See `PolicyModel.forward`, also for what a pipeline stage before the last returns.
+    *All tensor and context ranks.* See `PolicyModel.forward`, also for what a pipeline stage before the last returns.
     """
     device = next(model.parameters()).device
     return model(
@@ -290,6 +288,7 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Ten
         cu_seqlens=micro_batch.cu_seqlens.to(device),
         max_seqlen=micro_batch.max_seqlen,
         prefix_segments=micro_batch.prefix_segments,
+        context=micro_batch.context,
     )
 
 

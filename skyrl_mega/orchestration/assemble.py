@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from skyrl_mega.checkpoint import store
 from skyrl_mega.config.load import load_saved, save_resolved
 from skyrl_mega.config.schema import Config, as_dict
-from skyrl_mega.errors import BackendUnavailableError
 from skyrl_mega.orchestration.recorder import Recorder
 from skyrl_mega.orchestration.summary import FILE_NAME as SUMMARY_FILE
 from skyrl_mega.orchestration.summary import show_summary, write_summary
@@ -142,14 +141,13 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
 
 
 def shares_prompts(config: Config, policy: Policy) -> bool:
-    """Whether prompts are packed once per group, as `trainer.share_prompts` says and the attention backend allows."""
+    """Whether prompts are packed once per group.
+
+    `auto` leaves TransformerEngine alone: whether it has a kernel for queries and keys of unequal length depends on its version,
+    cuDNN's and the card. What was asked for with `on` fails there with TransformerEngine's own message if it has none.
+    """
     setting, attention = config.trainer.share_prompts, policy.implementation["attention"]
-    if setting == "on" and attention != "sdpa":
-        raise BackendUnavailableError(
-            f"trainer.share_prompts=on needs model.attention=sdpa, but {attention} runs here; "
-            "set share_prompts to auto, or model.attention to sdpa."
-        )
-    return attention == "sdpa" and setting != "off"
+    return setting == "on" or (setting == "auto" and attention != "transformer_engine")
 
 
 def join_ranks(config: Config, stack: ExitStack) -> Topology:

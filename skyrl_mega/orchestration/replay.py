@@ -94,7 +94,8 @@ def replay_step(
         topology = join_ranks(config, stack)
         updates = [_replay_update(path, record, number, config, topology, allowed) for number in numbers]
     layout = (
-        f"{world_size} x {topology.device.type}, tensor {topology.tp_size}, pipeline {topology.pp_size}, {config.model.dtype}"
+        f"{world_size} x {topology.device.type}, tensor {topology.tp_size}, pipeline {topology.pp_size}, context "
+        f"{topology.cp_size}, {config.model.dtype}"
     )
     return Replay(record, path, layout, updates)
 

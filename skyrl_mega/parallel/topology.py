@@ -125,6 +125,13 @@ class Topology:
             dist.broadcast_object_list(box, src=last, group=self.pp_group, device=torch.device("cpu"))
         return box[0]
 
+    def gather_context(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of all context-parallel ranks end to end. *All context ranks, same shape.* Raises DeadlineError."""
+        gathered = values.new_empty(self.cp_size * values.size(0), *values.shape[1:])
+        with self.deadline("context"):
+            dist.all_gather_into_tensor(gathered, values.contiguous(), group=self.cp_group)
+        return gathered
+
     def all_reduce_metrics(
         self, metrics: Mapping[str, float], op: Literal["sum", "mean", "max", "min"] = "sum", phase: str = "metrics"
     ) -> dict[str, float]:

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from skyrl_mega.parallel.topology import Topology
 
 
+def whole(values_T: torch.Tensor, part: MicroBatch, topology: Topology) -> torch.Tensor:
+    """A value for each token of the whole micro-batch, in its order, from those of every rank's part. *All context ranks.*"""
+    if part.context is None:
+        return values_T
+    places = part.context.key_places[: part.context.num_tokens].to(values_T.device)
+    return topology.gather_context(values_T)[places]
+
+
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The same micro-batch with its tensors on `device`."""
     tensors = {f.name: getattr(micro_batch, f.name) for f in fields(micro_batch)}
-    moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
     return replace(micro_batch, **moved)
 
 

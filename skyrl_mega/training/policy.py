@@ -2,7 +2,7 @@
 
 Both passes, with and without gradient, run through Megatron's own forward-backward schedule, so that every layout it knows
 takes the same way. The loss is scaled by the *global* batch's normalisers before the backward pass; gradients are then only
-summed, over micro-batches and over data-parallel ranks, and nothing is divided afterwards.
+summed, over micro-batches and over data- and context-parallel ranks, and nothing is divided afterwards.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from skyrl_mega.algorithms.loss import LossStats, mean_stats, merge_stats, policy_objective
 from skyrl_mega.algorithms.policy_losses import TOKEN_SEPARABLE, LossInputs
 from skyrl_mega.algorithms.reductions import reduction_weights
+from skyrl_mega.data.context_shards import context_part
 from skyrl_mega.errors import ConfigError, NumericsError
 from skyrl_mega.training import optimizer as optim
-from skyrl_mega.training.logprobs import head_logprobs, head_loss, to_device
+from skyrl_mega.training.logprobs import head_logprobs, head_loss, to_device, whole
 from skyrl_mega.training.parking import ParkedState
 from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
 from skyrl_mega_kernels.backends import backends_that_ran
@@ -146,7 +147,7 @@ class Policy:
     def _forward_step(self, batch: TrainBatch, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
         from skyrl_mega.models.build import forward_hidden
 
-        micro_batch = to_device(next(micro_batches), self.topology.device)
+        micro_batch = _my_part(next(micro_batches), self.config, self.topology)
         return forward_hidden(model, micro_batch), partial(self._loss, batch, micro_batch)
 
     def _complete_weights(self) -> None:
@@ -201,7 +202,7 @@ class Policy:
             weight.grad = weight.new_zeros(()).expand_as(weight)
 
     def _reduce(self, outputs: Sequence[LossStats]) -> Metrics:
-        """The statistics of all micro-batches of all data-parallel ranks, and which kernels ran. Last pipeline stage only."""
+        """The statistics of all micro-batches of all data- and context-parallel ranks, and which kernels ran. Last stage only."""
         sums = {name: sum(float(out.sums[name]) for out in outputs) for name in outputs[0].sums}
         maxima = {name: max(float(out.maxima[name]) for out in outputs) for name in outputs[0].maxima}
         reduce = self.topology.all_reduce_metrics
@@ -253,10 +254,22 @@ class Policy:
 def packing_multiples(config: Config, topology: Topology) -> dict[str, int]:
     """What the layout asks of `balance_and_pack`: tokens per micro-batch, and micro-batches per update, in multiples."""
     return {
-        "pad_to_multiple": (topology.tp_size if config.parallel.sequence_parallel else 1) * FP8_TOKENS.get(config.model.fp8, 1),
+        # Context-parallel ranks pad their parts themselves.
+        "pad_to_multiple": _token_multiple(config, topology) if topology.cp_size == 1 else 1,
         # The interleaved schedule sends micro-batches through the stages in groups of the pipeline's size.
         "micro_batch_multiple": topology.pp_size if config.parallel.virtual_pipeline > 1 else 1,
     }
+
+
+def _token_multiple(config: Config, topology: Topology) -> int:
+    """The number of tokens that a rank computes at once must be a multiple of this."""
+    return (topology.tp_size if config.parallel.sequence_parallel else 1) * FP8_TOKENS.get(config.model.fp8, 1)
+
+
+def _my_part(micro_batch: MicroBatch, config: Config, topology: Topology) -> MicroBatch:
+    """What this context-parallel rank computes of the micro-batch, on its device."""
+    multiple = _token_multiple(config, topology)
+    return to_device(context_part(micro_batch, topology.cp_rank, topology.cp_size, pad_to_multiple=multiple), topology.device)
 
 
 def fuses_loss(config: Config) -> bool:
@@ -321,18 +334,22 @@ def run_schedule(
 def forward_logprobs(
     chunks: Sequence[PolicyModel], batch: TrainBatch, config: Config, topology: Topology, *, temperature: float | None = None
 ) -> list[torch.Tensor]:
-    """Log-probabilities of the labels without gradient: one float32 [T] on CPU per micro-batch. All ranks call."""
+    """Log-probabilities of the labels without gradient: one float32 [T] on CPU per micro-batch. All ranks call.
+
+    Every context-parallel rank gets all T of them.
+    """
     from skyrl_mega.models.build import forward_hidden
 
     if not batch.micro_batches:
         return []
 
     def forward_step(micro_batches: Iterator[MicroBatch], module: torch.nn.Module) -> tuple:
-        micro_batch = to_device(next(micro_batches), topology.device)
+        micro_batch = _my_part(next(micro_batches), config, topology)
 
         def collect(hidden_TH: torch.Tensor) -> tuple:
             head = head_logprobs(hidden_TH, chunks[-1], micro_batch, config, topology, temperature=temperature)
-            return hidden_TH, torch.zeros([], dtype=torch.int, device=hidden_TH.device), head.logprobs.cpu()
+            logprobs = whole(head.logprobs, micro_batch, topology)
+            return hidden_TH, torch.zeros([], dtype=torch.int, device=hidden_TH.device), logprobs.cpu()
 
         return forward_hidden(module, micro_batch), collect
 

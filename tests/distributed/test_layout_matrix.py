@@ -50,10 +50,18 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], list[str]]] = {
         ("qwen3",),
         ["parallel=tp2", "model.recompute=selective", "model.recompute_modules=[core_attn,mlp]"],
     ),
+    "cp2": (2, DENSE, ["parallel=cp2"]),
+    "cp2_whole_sequences": (2, ("llama",), ["parallel=cp2", "trainer.share_prompts=off"]),
     "tp2_dp2": (4, ("llama",), ["parallel=tp2"]),
     "pp2_dp2": (4, ("llama",), ["parallel=pp2"]),
     "pp2_vpp2_dp2": (4, ("qwen3",), ["parallel=pp2_vpp2"]),
     "tp2_sp_pp2": (4, ("qwen3",), ["parallel=tp2_pp2"]),
+    "cp4": (4, ("llama",), ["parallel.context=4", "parallel.distributed_optimizer=false"]),
+    "cp2_tp2": (4, ("qwen3",), ["parallel=cp2", "parallel.tensor=2", "trainer.share_prompts=off"]),
+    "cp2_tp2_sp": (4, ("llama",), ["parallel=cp2_tp2"]),
+    "cp2_pp2": (4, ("llama",), ["parallel=cp2", "parallel.pipeline=2"]),
+    "cp2_pp2_vpp2": (4, ("qwen3",), ["parallel=pp2_vpp2", "parallel.context=2"]),
+    "cp2_dp2": (4, ("qwen3",), ["parallel=cp2"]),
 }
 CASES = [(layout, model) for layout, (_, models, _) in LAYOUTS.items() for model in models]
 

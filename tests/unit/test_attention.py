@@ -1,115 +1,249 @@
-"""Packed attention against a float64 loop over sequences; the choice of backend."""
+"""Attention over packs, with shared prompts and context parallelism, against float64; the choice of backend."""
 
 from __future__ import annotations
 
-import itertools
+import sys
+import types
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.packs import dense_attention, make_pack, random_qkv, visible, with_gradients
+from skyrl_mega.data.context_shards import context_part
 from skyrl_mega.errors import BackendUnavailableError, ConfigError
-from skyrl_mega.models.attention import SHORT_SEQUENCE, PackedSequences, choose_backend, make_buckets, packed_sdpa
+from skyrl_mega.models.attention import PackedAttention, choose_backend, packed_sdpa
+from skyrl_mega.models.attention_layout import SHORT_KEYS, AttentionLayout
 from skyrl_mega.parallel.device import install_megatron_cpu_shim
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SCALE = 0.3
 
+#: lengths, prefix segments
 PACKS = {
-    "one_token": [1],
-    "equal_lengths": [22] * 5,
-    "similar_lengths": [22, 18, 26, 20, 25],
-    "ragged": [7, 33, 5, 20, 1, 90, 2],
-    "long_and_short": [SHORT_SEQUENCE + 60, 3, SHORT_SEQUENCE + 1, 40],
-    "empty_sequence_inside": [4, 0, 9],
+    "one_token": ([1], None),
+    "equal_lengths": ([22] * 5, None),
+    "similar_lengths": ([22, 18, 26, 20, 25], None),
+    "ragged": ([7, 33, 5, 20, 1, 90, 2], None),
+    "long_and_short": ([SHORT_KEYS + 60, 3, SHORT_KEYS + 1, 40], None),
+    "empty_sequence_inside": ([4, 0, 9], None),
+    "shared": ([16, 5, 7, 4, 30, 6], [-1, 0, 0, 0, -1, -1]),
+    "shared_twice": ([9, 1, 20, 11, 3, 40, 2], [-1, 0, 0, -1, 3, 3, 3]),
+    "shared_long": ([SHORT_KEYS, 30, 8, 60, 12], [-1, 0, 0, -1, 3]),
 }
 
 
-def _pack(lengths, heads=6, kv_heads=2, dim=16, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    q, k, v = (torch.randn(total, h, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads))
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return q, k, v, PackedSequences(cu_seqlens, max(lengths))
+def _layout(pack):
+    return AttentionLayout(pack.cu_seqlens, pack.max_seqlen, pack.prefix_segments, pack.context)
 
 
-def _oracle(q, k, v, packed, scale):
-    """Masked softmax per sequence in float64, keys and values repeated per query head."""
-    repeats = q.size(1) // k.size(1)
-    q, k, v = q.double(), k.double().repeat_interleave(repeats, 1), v.double().repeat_interleave(repeats, 1)
+def _attend_in_parts(attend, pack, size, q, k, v):
+    """What `size` context ranks compute, each from its own queries and all ranks' keys, put together in the pack's order."""
+    if size == 1:
+        return attend(q, k, v, _layout(pack))
     outs = []
-    bounds = packed.cu_seqlens.tolist()
-    for start, end in itertools.pairwise(bounds):
-        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
-        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(-1), v[start:end]))
-    return torch.cat(outs)
+    for rank in range(size):
+        part = context_part(pack, rank, size, pad_to_multiple=2)
+        places = part.context.key_places[: pack.num_tokens]
+        # Rows of padding, this rank's and others', hold numbers that would show in any result they reached.
+        full = [
+            torch.full((size * part.num_tokens, *x.shape[1:]), 1e3, dtype=x.dtype).index_copy(0, places, x) for x in (q, k, v)
+        ]
+        queries = full[0][rank * part.num_tokens : (rank + 1) * part.num_tokens]
+        outs.append(attend(queries, *full[1:], _layout(part)))
+    return torch.cat(outs)[places]
 
 
-def _torch_per_sequence(q, k, v, packed, scale):
-    """torch's own SDPA, one call per sequence, in the inputs' dtype."""
-    outs = []
-    bounds = packed.cu_seqlens.tolist()
-    for start, end in itertools.pairwise(bounds):
-        one = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        outs.append(F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1))
-    return torch.cat(outs)
+def _sdpa(q, k, v, layout):
+    return packed_sdpa(q, k, v, layout, SCALE)
 
 
-def _with_gradients(function, q, k, v, packed, scale):
-    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
-    out = function(q, k, v, packed, scale)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-    (out.double() * weights).sum().backward()
-    return [out.detach(), q.grad, k.grad, v.grad]
+def _dense(pack):
+    return partial(dense_attention, sees=visible(pack), scale=SCALE)
 
 
-@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS.keys())
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4)])
-def test_packed_attention_equals_a_float64_loop_over_sequences(lengths, heads, kv_heads):
-    inputs = _pack(lengths, heads, kv_heads)
-    got = _with_gradients(packed_sdpa, *inputs, 0.3)
-    want = _with_gradients(_oracle, *inputs, 0.3)
-    for x, y in zip(got, want, strict=True):
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", PACKS)
+def test_attention_equals_dense_float64_however_it_is_packed_shared_and_split(name, size):
+    pack = make_pack(*PACKS[name])
+    heads = (4, 4) if name == "ragged" else (6, 2)
+    qkv = random_qkv(pack.num_tokens, *heads)
+    got = with_gradients(partial(_attend_in_parts, _sdpa, pack, size), qkv)
+    for x, y in zip(got, with_gradients(_dense(pack), qkv), strict=True):
         torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["similar_lengths", "long_and_short"])
-def test_bfloat16_errs_no_more_than_twice_as_much_as_torch_per_sequence(name):
-    inputs = _pack(PACKS[name], dtype=torch.bfloat16)
-    got = _with_gradients(packed_sdpa, *inputs, 0.25)
-    torchs = _with_gradients(_torch_per_sequence, *inputs, 0.25)
-    want = _with_gradients(_oracle, *inputs, 0.25)
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_equals_dense_float64_on_random_groups(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high):
+        return int(torch.randint(1, high, (), generator=generator))
+
+    lengths, prefixes = [], []
+    for _ in range(5):
+        trunk, branches = len(lengths), draw(5) - 1
+        lengths += [draw(70), *(draw(40) for _ in range(branches))]
+        prefixes += [-1] + [trunk] * branches
+    pack = make_pack(lengths, prefixes)
+    qkv = random_qkv(pack.num_tokens, seed=seed)
+    got = with_gradients(partial(_attend_in_parts, _sdpa, pack, size), qkv)
+    for x, y in zip(got, with_gradients(_dense(pack), qkv), strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-5)
+
+
+# ---- kernels of CUDA: their index arithmetic, on stand-ins with the same contract ------------------------------------------
+
+
+def _varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal):
+    """flash-attn's contract: sequence i's queries see sequence i's keys, causally, aligned to the bottom right."""
+    assert causal
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert (q.size(0), k.size(0)) == (int(cu_seqlens_q[-1]), int(cu_seqlens_k[-1]))
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+    assert max_seqlen_k == int(cu_seqlens_k.diff().max())
+    of_query = torch.repeat_interleave(cu_seqlens_q.diff().long())
+    of_key = torch.repeat_interleave(cu_seqlens_k.diff().long())
+    from_end_q = cu_seqlens_q[1:].long()[of_query] - torch.arange(len(of_query))
+    from_end_k = cu_seqlens_k[1:].long()[of_key] - torch.arange(len(of_key))
+    sees = (of_query[:, None] == of_key[None, :]) & (from_end_k[None, :] >= from_end_q[:, None])
+    return dense_attention(q, k, v, sees, softmax_scale)
+
+
+class _TransformerEngineStandIn(torch.nn.Module):
+    """The part of Megatron's TEDotProductAttention that we use; masks as in TransformerEngine's documentation."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, *, softmax_scale, cp_comm_type, pg_collection):
+        super().__init__()
+        assert config.context_parallel_size == 1, "TransformerEngine refuses bottom-right masks under its own context parallelism"
+        self.scale = softmax_scale
+
+    def forward(self, q, k, v, attention_mask, *, attn_mask_type, packed_seq_params):
+        p = packed_seq_params
+        assert p.qkv_format == "thd"
+        if attn_mask_type.name == "padding_causal":
+            assert torch.equal(p.cu_seqlens_q, p.cu_seqlens_kv)
+        else:
+            assert attn_mask_type.name == "padding_causal_bottom_right"
+        bounds = (p.cu_seqlens_q, p.cu_seqlens_kv, p.max_seqlen_q, p.max_seqlen_kv)
+        return _varlen_stand_in(q, k, v, *bounds, softmax_scale=self.scale, causal=True).flatten(1)
+
+
+def _module(backend, *, context=1):
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=96, num_attention_heads=6, num_query_groups=2, kv_channels=16, context_parallel_size=context
+    )
+    groups = types.SimpleNamespace(cp=None)
+    return PackedAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE, pg_collection=groups, backend=backend)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("backend", ["flash", "transformer_engine"])
+def test_varlen_kernels_get_bounds_and_keys_that_make_them_exact(backend, name, size, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=_varlen_stand_in))
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.TEDotProductAttention", _TransformerEngineStandIn)
+    module = _module(backend, context=size)
+    module.context_group = None  # here the keys arrive gathered
+
+    def attend(q, k, v, layout):
+        out = module(q[:, None], k[:, None], v[:, None], None, packed_seq_params=layout)
+        return out.view(q.shape)
+
+    pack = make_pack(*PACKS[name])
+    qkv = random_qkv(pack.num_tokens, dtype=torch.float64)
+    got = with_gradients(partial(_attend_in_parts, attend, pack, size), qkv)
+    for x, y in zip(got, with_gradients(_dense(pack), qkv), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_plain_packs_reach_varlen_kernels_without_a_copy_of_the_keys():
+    assert _layout(make_pack([3, 9, 4])).varlen.key_rows is None
+
+
+# ---- numerics and form -----------------------------------------------------------------------------------------------------
+
+
+def _torch_per_sequence(pack, q, k, v):
+    """torch's own SDPA, one call per sequence, in the inputs' dtype; keys of a trunk in front of a branch's own."""
+    bounds = pack.cu_seqlens.tolist()
+    prefixes = [-1] * (len(bounds) - 1) if pack.prefix_segments is None else pack.prefix_segments.tolist()
+    outs = []
+    for start, end, prefix in zip(bounds[:-1], bounds[1:], prefixes, strict=True):
+        trunk = slice(bounds[prefix], bounds[prefix + 1]) if prefix >= 0 else slice(0, 0)
+        one = [q[start:end], *(torch.cat([x[trunk], x[start:end]]) for x in (k, v))]
+        one = [x.transpose(0, 1)[None] for x in one]
+        mask = torch.ones(end - start, one[1].size(2), dtype=torch.bool).tril(one[1].size(2) - (end - start))
+        outs.append(F.scaled_dot_product_attention(*one, attn_mask=mask, scale=SCALE, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("name", ["similar_lengths", "long_and_short", "shared_twice", "shared_long"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_bfloat16_errs_no_more_than_twice_as_much_as_torch_per_sequence(name, size):
+    pack = make_pack(*PACKS[name])
+    qkv = random_qkv(pack.num_tokens, dtype=torch.bfloat16)
+    got = with_gradients(partial(_attend_in_parts, _sdpa, pack, size), qkv)
+    torchs = with_gradients(partial(_torch_per_sequence, pack), qkv)
+    want = with_gradients(_dense(pack), qkv)
     for x, reference, y in zip(got, torchs, want, strict=True):
         error, allowed = (x.double() - y.double()).abs().mean(), (reference.double() - y.double()).abs().mean()
         assert error <= 2 * allowed + 1e-4
 
 
 def test_no_sequence_sees_another():
-    q, k, v, packed = _pack([9, 9, 30])
-    before = packed_sdpa(q, k, v, packed, 1.0)
+    pack = make_pack([9, 9, 30])
+    q, k, v = random_qkv(pack.num_tokens)
+    before = _sdpa(q, k, v, _layout(pack))
     k[9:18], v[9:18] = 100.0, -100.0
-    after = packed_sdpa(q, k, v, packed, 1.0)
+    after = _sdpa(q, k, v, _layout(pack))
     assert torch.equal(before[:9], after[:9])
     assert torch.equal(before[18:], after[18:])
     assert not torch.equal(before[9:18], after[9:18])
 
 
-def test_buckets_hold_every_token_once_and_bound_the_padding():
+@pytest.mark.parametrize("shared", [False, True])
+def test_buckets_hold_every_token_once_and_bound_the_padding(shared):
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 700, (60,), generator=generator).tolist()
-    packed = _pack(lengths, 1, 1, 1)[3]
-    buckets = make_buckets(packed.cu_seqlens)
-    rows = torch.cat([bucket.rows for bucket in buckets])
-    assert torch.equal(rows[packed.slots], torch.arange(sum(lengths)))
-    assert packed.padding_slots.numel() == rows.numel() - sum(lengths)
-    assert sum(bucket.num_sequences for bucket in buckets) == 60
-    assert len(buckets) <= 15
-    assert rows.numel() <= 1.25 * sum(lengths) + 16 * 60
+    prefixes = [-1 if i % 4 == 0 else i // 4 * 4 for i in range(60)] if shared else None
+    layout = _layout(make_pack(lengths, prefixes))
+    rows = layout.rows
+    assert torch.equal(rows[layout.slots], torch.arange(sum(lengths)))
+    assert layout.padding_slots.numel() == rows.numel() - sum(lengths)
+    assert sum(bucket.num_segments for bucket in layout.buckets) == 60
+    assert len(layout.buckets) <= (15 if not shared else 45)
+    assert rows.numel() <= 1.15 * sum(lengths) + 8 * 60
+    if shared:
+        seen = sum(lengths) + sum(lengths[prefix] for prefix in prefixes if prefix >= 0)
+        assert layout.key_rows.numel() <= 1.15 * seen + 16 * 60
 
 
 def test_equal_lengths_are_one_bucket_that_needs_no_gathering():
-    (bucket,) = make_buckets(torch.tensor([0, 22, 44, 66], dtype=torch.int32))
-    assert (bucket.num_sequences, bucket.length, bucket.whole) == (3, 22, True)
+    layout = _layout(make_pack([22, 22, 22]))
+    (bucket,) = layout.buckets
+    assert (bucket.num_segments, bucket.length, bucket.mask) == (3, 22, None)
+    assert layout.is_one_batch
+    assert not _layout(make_pack([22, 21, 22])).is_one_batch
+
+
+def test_sequences_that_see_only_themselves_need_no_mask_beside_those_that_share():
+    layout = _layout(make_pack([5, 5, 7, 4], [-1, 0, 0, 0]))
+    masks = {bucket.num_keys - bucket.length: bucket.mask for bucket in layout.buckets}
+    assert masks.pop(0) is None
+    assert all(mask is not None for mask in masks.values())
+    assert masks
+
+
+def test_a_layout_for_another_pack_is_refused():
+    part = context_part(make_pack([5, 9]), 0, 2)
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        AttentionLayout(torch.tensor([0, 7], dtype=torch.int32), 7, None, part.context).segments  # noqa: B018
 
 
 def test_the_choice_of_backend_states_its_remedy(monkeypatch):

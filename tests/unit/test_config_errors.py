@@ -59,7 +59,7 @@ BAD_OVERRIDES = {
         ["recipe=quikstart"],
         ["`recipe` must be one of gsm8k, quickstart, tiny", "got `quikstart`", "`recipe=quickstart`?"],
     ),
-    "option unlike any": (["parallel=zzzzzz"], ["`parallel` must be one of dp2", "got `zzzzzz`", "Give one of these"]),
+    "option unlike any": (["parallel=zzzzzz"], ["`parallel` must be one of cp2, cp2_tp2, dp2", "got `zzzzzz`", "Give one of these"]),
     "unknown group": (
         ["recip=quickstart"],
         ["`recip` is not a group", "got `recip=quickstart`", "`recipe` (gsm8k, quickstart, tiny)"],
@@ -400,11 +400,6 @@ BAD_COMBINATIONS = {
         ["model.attention=flash", "precision=float32"],
         1,
         ["no float32 kernels", "`model.dtype` is float32", "`precision=bfloat16`"],
-    ),
-    "shared prompts by flash": (
-        ["trainer.share_prompts=on", "model.attention=flash"],
-        1,
-        ["`trainer.share_prompts=on` needs", "`model.attention` is flash", "`trainer.share_prompts=auto`"],
     ),
     "kernels for another device": (
         ["model.kernels=triton", "trainer.device=cpu"],
