@@ -63,13 +63,17 @@ class ModelConfig:
     fused_loss: Literal["auto", "on", "off"] = opt(
         "auto", "Compute LM head and loss in one pass, logits once; auto: where the loss is a sum over tokens."
     )
+    moe_aux_loss_coef: float = opt(
+        0.0, "Weight of the load-balancing loss of mixture-of-experts routers (arXiv:2101.03961), per micro-batch; 0: none."
+    )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the trainer's processes share the model.
 
-    What remains is data parallel: world size / (tensor x pipeline x context) copies.
+    What remains is data parallel: world size / (tensor x pipeline x context) copies. Experts are laid over the same processes
+    once more: world size / (expert x expert_tensor x pipeline) copies of each.
     """
 
     tensor: int = opt(1, "Tensor-parallel size; must divide attention heads, KV heads and FFN size.")
@@ -78,6 +82,8 @@ class ParallelConfig:
         1, "Model chunks per pipeline stage, interleaved to shorten the pipeline's idle time; tensor traffic grows with it."
     )
     context: int = opt(1, "Context-parallel size: ranks that share every sequence, each computing an equal part of its tokens.")
+    expert: int = opt(1, "Expert-parallel size: processes that share a layer's experts; must divide their number.")
+    expert_tensor: int = opt(1, "Processes that share one expert's matrices (CUDA only; 1 keeps experts whole).")
     sequence_parallel: bool = opt(False, "Shard norm and dropout activations along the sequence over tensor ranks.")
     distributed_optimizer: bool = opt(True, "Shard optimizer state over data-parallel ranks (no effect with one rank).")
     overlap_grad_reduce: bool = opt(False, "Reduce gradients over data-parallel ranks while the last backward pass still runs.")

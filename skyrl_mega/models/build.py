@@ -33,6 +33,8 @@ from skyrl_mega.parallel.device import install_megatron_cpu_shim
 from skyrl_mega.parallel.topology import Topology
 from skyrl_mega.types import ContextPart, MicroBatch
 
+#: In the names of the parameters of routed experts, and of no other.
+EXPERTS = ".mlp.experts."
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -142,9 +144,15 @@ def build_model(config: Config, topology: Topology) -> list[PolicyModel]:
         PolicyModel(layout, architecture, topology, backend, vp_stage).to(topology.device)
         for vp_stage in range(config.parallel.virtual_pipeline)
     ]
-    for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
+    for name, parameter in itertools.chain.from_iterable(chunk.named_parameters() for chunk in chunks):
         # Megatron's gradient norm counts a parameter once over tensor ranks by these attributes.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        if EXPERTS in name:
+            # Gradients are added up over the ranks that hold copies of this expert. Megatron says so only where experts are
+            # sharded; saying it always is also right with whole experts beside split attention, and gives every layout the same
+            # two optimizers, so that checkpoints fit. No other tensor rank's shard is a duplicate of this one.
+            parameter.allreduce = False
+            parameter.tensor_model_parallel = True
     return chunks
 
 
@@ -181,7 +189,7 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         sequence_parallel=config.parallel.sequence_parallel and topology.tp_size > 1,
         # Micro-batches differ in their number of tokens: stages tell each other the shape before they send.
         variable_seq_lengths=topology.pp_size > 1,
-        moe_token_dispatcher_type="alltoall",  # unused; the default refuses variable lengths
+        moe_token_dispatcher_type="alltoall",  # in dense models too: the default refuses variable lengths
         use_cpu_initialization=topology.device.type == "cpu",
         # Weights always come from a file; initialising is still switched on, because Megatron marks there how each is split.
         init_method=_leave_unfilled,
@@ -199,6 +207,32 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         cuda_graph_scope=[],  # unused; Megatron's own default warns that it is deprecated
         tp_comm_overlap=config.parallel.overlap_tensor,
         **_memory_settings(config),
+        **_expert_settings(architecture, config, topology),
+    )
+
+
+def _expert_settings(architecture: Architecture, config: Config, topology: Topology) -> dict[str, Any]:
+    """What a mixture of experts adds to Megatron's configuration. No token is ever dropped."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    every_layer = all(experts.layers)
+    balanced = config.model.moe_aux_loss_coef > 0
+    return dict(
+        num_moe_experts=experts.count,
+        moe_ffn_hidden_size=experts.ffn_size,
+        moe_layer_freq=1 if every_layer else [int(has_experts) for has_experts in experts.layers],
+        moe_router_topk=experts.per_token,
+        # Softmax over all experts and then the choice; or the choice first, which renormalises the chosen ones.
+        moe_router_pre_softmax=not experts.renormalised,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss" if balanced else "none",
+        moe_aux_loss_coeff=config.model.moe_aux_loss_coef,
+        moe_shared_expert_intermediate_size=experts.shared_ffn_size,
+        moe_shared_expert_gate=experts.shared_ffn_size is not None,
+        moe_grouped_gemm=transformer_engine_layers_available(topology.device),
+        expert_model_parallel_size=topology.ep_size,
+        expert_tensor_parallel_size=topology.etp_size,
     )
 
 
@@ -246,16 +280,36 @@ def _check_layout(architecture: Architecture, topology: Topology, virtual_pipeli
             f"`parallel.pipeline` x `parallel.virtual_pipeline` ({topology.pp_size} x {virtual_pipeline} = {chunks}) must divide "
             f"the model's layers ({architecture.num_layers})."
         )
-    counts = {
-        "attention heads": architecture.num_heads,
-        "KV heads": architecture.num_kv_heads,
-        "feed-forward size": architecture.ffn_size,
-    }
+    _check_expert_layout(architecture, topology)
+    counts = {"attention heads": architecture.num_heads, "KV heads": architecture.num_kv_heads}
+    if architecture.has_dense_layers:
+        counts["feed-forward size"] = architecture.ffn_size
+    if architecture.experts is not None and architecture.experts.shared_ffn_size is not None:
+        counts["shared expert's feed-forward size"] = architecture.experts.shared_ffn_size
     for what, count in counts.items():
         if count % topology.tp_size:
             raise ConfigError(
                 f"`parallel.tensor` ({topology.tp_size}) must divide the model's {what} ({count}); choose a divisor of {count}."
             )
+
+
+def _check_expert_layout(architecture: Architecture, topology: Topology) -> None:
+    experts, ep, etp = architecture.experts, topology.ep_size, topology.etp_size
+    if experts is None:
+        if ep > 1 or etp > 1:
+            raise ConfigError(
+                f"`parallel.expert` ({ep}) and `parallel.expert_tensor` ({etp}) must be 1: this {architecture.family} model has "
+                "no experts."
+            )
+        return
+    if experts.count % ep:
+        raise ConfigError(
+            f"`parallel.expert` ({ep}) must divide the model's experts ({experts.count}); choose a divisor of {experts.count}."
+        )
+    if experts.ffn_size % etp:
+        raise ConfigError(
+            f"`parallel.expert_tensor` ({etp}) must divide the experts' feed-forward size ({experts.ffn_size}); set it to 1."
+        )
 
 
 def sharded_state(chunks: Sequence[PolicyModel]) -> dict[str, Any]:

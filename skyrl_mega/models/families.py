@@ -1,9 +1,10 @@
 """What a Hugging Face config means: the architecture in our words, its tensors and shapes, its rotary frequencies.
 
-Supported families: llama, qwen2 (also Qwen2.5), qwen3; dense decoders with RMSNorm, rotary positions, grouped-query attention
-and a SwiGLU feed-forward. Every setting of these families that changes the arithmetic is honoured or refused with
-ModelLoadError; none is ignored. Keys that Hugging Face's own model code of the family does not read change nothing there and
-are not looked at here.
+Supported families: llama, qwen2 (also Qwen2.5), qwen3, dense decoders with RMSNorm, rotary positions, grouped-query attention
+and a SwiGLU feed-forward; and mixtures of experts of the same make, qwen2_moe (also Qwen1.5-MoE), qwen3_moe, mixtral. Every
+setting of these families that changes the arithmetic is honoured or refused with ModelLoadError; none is ignored. Keys that
+Hugging Face's own model code of the family does not read change nothing there and are not looked at here. (What belongs to
+training is set by the run, not by the file: the routers' auxiliary loss is `model.moe_aux_loss_coef`.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 
 from skyrl_mega.errors import ModelLoadError
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+DENSE_FAMILIES = ("llama", "qwen2", "qwen3")
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral")
+FAMILIES = DENSE_FAMILIES + MOE_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,24 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The expert layers of a mixture of experts: `per_token` of `count` experts see each token, weighted by a softmax router.
+
+    `renormalised`: the chosen experts' weights are divided by their sum. `shared_ffn_size` is the size of one more expert that
+    sees every token, behind a sigmoid gate; None without one. `layers` says which layers have experts, the others are dense.
+    """
+
+    count: int
+    per_token: int
+    ffn_size: int
+    renormalised: bool
+    shared_ffn_size: int | None
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A dense decoder, as its Hugging Face config describes it."""
+    """A decoder, as its Hugging Face config describes it. `ffn_size` is that of dense layers; `experts` is None without any."""
 
     family: str
     num_layers: int
@@ -55,6 +74,12 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     rope: Rope
+    experts: Experts | None = None
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layer has an ordinary feed-forward."""
+        return self.experts is None or not all(self.experts.layers)
 
 
 def read_hf_config(path: str | Path) -> Any:
@@ -100,20 +125,52 @@ def architecture_of(hf_config: Any) -> Architecture:
         max_positions=hf_config.max_position_embeddings,
         norm_eps=hf_config.rms_norm_eps,
         tied=bool(hf_config.tie_word_embeddings),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2" or (family == "qwen2_moe" and hf_config.qkv_bias),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         rope=_read_rope(hf_config.rope_parameters),
+        experts=_read_experts(hf_config) if family in MOE_FAMILIES else None,
     )
 
 
+def _read_experts(hf_config: Any) -> Experts:
+    c, family = hf_config, hf_config.model_type
+    if family == "mixtral":
+        every_layer = (True,) * c.num_hidden_layers
+        experts = Experts(c.num_local_experts, c.num_experts_per_tok, c.intermediate_size, True, None, every_layer)
+    else:
+        layers = tuple(
+            layer not in c.mlp_only_layers and (layer + 1) % c.decoder_sparse_step == 0 for layer in range(c.num_hidden_layers)
+        )
+        shared = c.shared_expert_intermediate_size if family == "qwen2_moe" else None
+        norm = bool(c.norm_topk_prob)
+        experts = Experts(c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, norm, shared, layers)
+    if not 1 <= experts.per_token <= experts.count:
+        raise ModelLoadError(
+            f"config.json of {family}: num_experts_per_tok ({experts.per_token}) must be between 1 and the number of experts "
+            f"({experts.count}); correct the file."
+        )
+    if not any(experts.layers):
+        raise ModelLoadError(
+            f"config.json of {family}: decoder_sparse_step and mlp_only_layers leave no layer with experts; correct the file."
+        )
+    if experts.per_token == 1 and experts.renormalised:
+        raise ModelLoadError(
+            f"config.json of {family}: num_experts_per_tok = 1 with renormalised weights (norm_topk_prob; mixtral always) is not "
+            "supported: every weight would be 1 and the router would never learn."
+        )
+    return experts
+
+
 def _refuse_what_is_not_built(hf_config: Any) -> None:
-    settings = hf_config.to_dict()
+    settings, family = hf_config.to_dict(), hf_config.model_type
     layer_types = set(settings.get("layer_types") or ["full_attention"])
     rules = (
         ("hidden_act", settings["hidden_act"] in ("silu", "swish"), "only silu is built"),
         ("attention_bias", not settings.get("attention_bias"), "a bias on the attention output projection is not built"),
         ("mlp_bias", not settings.get("mlp_bias"), "feed-forward biases are not built"),
         ("attention_dropout", not settings.get("attention_dropout"), "training runs without dropout; set it to 0.0"),
+        ("sliding_window", family != "mixtral" or settings["sliding_window"] is None, "only full attention is built"),
+        ("router_jitter_noise", not settings.get("router_jitter_noise"), "routers run without noise; set it to 0.0"),
         ("use_sliding_window", not settings.get("use_sliding_window"), "sliding-window attention is not built"),
         ("layer_types", layer_types == {"full_attention"}, "only full_attention layers are built"),
         ("quantization_config", not settings.get("quantization_config"), "export the model in bfloat16 or float32 first"),
@@ -121,7 +178,7 @@ def _refuse_what_is_not_built(hf_config: Any) -> None:
     )
     for name, fine, why in rules:
         if not fine:
-            raise ModelLoadError(f"config.json of {hf_config.model_type}: {name} = {settings[name]!r} is not supported: {why}.")
+            raise ModelLoadError(f"config.json of {family}: {name} = {settings[name]!r} is not supported: {why}.")
 
 
 def _read_rope(parameters: dict[str, Any]) -> Rope:
@@ -176,9 +233,6 @@ def hf_tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv_size, a.hidden_size),
         "self_attn.v_proj.weight": (kv_size, a.hidden_size),
         "self_attn.o_proj.weight": (a.hidden_size, q_size),
-        "mlp.gate_proj.weight": (a.ffn_size, a.hidden_size),
-        "mlp.up_proj.weight": (a.ffn_size, a.hidden_size),
-        "mlp.down_proj.weight": (a.hidden_size, a.ffn_size),
     }
     if a.qkv_bias:
         layer |= {
@@ -192,10 +246,35 @@ def hf_tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "model.embed_tokens.weight": (a.vocab_size, a.hidden_size),
         "model.norm.weight": (a.hidden_size,),
     }
+    dense = _swiglu_shapes("mlp.", a.hidden_size, a.ffn_size)
+    sparse = _expert_layer_shapes(a) if a.experts else {}
     for number in range(a.num_layers):
-        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+        feed_forward = sparse if a.experts and a.experts.layers[number] else dense
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in (layer | feed_forward).items()}
     if not a.tied:
         shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
+    return shapes
+
+
+def _swiglu_shapes(
+    prefix: str, hidden_size: int, ffn_size: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, tuple[int, ...]]:
+    gate, up, down = (f"{prefix}{name}.weight" for name in names)
+    return {gate: (ffn_size, hidden_size), up: (ffn_size, hidden_size), down: (hidden_size, ffn_size)}
+
+
+def _expert_layer_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
+    """The feed-forward of a layer with experts. transformers 5 fuses the experts in memory; the files keep one by one."""
+    assert a.experts is not None
+    is_mixtral = a.family == "mixtral"
+    block = "block_sparse_moe." if is_mixtral else "mlp."
+    names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+    shapes: dict[str, tuple[int, ...]] = {f"{block}gate.weight": (a.experts.count, a.hidden_size)}
+    for expert in range(a.experts.count):
+        shapes |= _swiglu_shapes(f"{block}experts.{expert}.", a.hidden_size, a.experts.ffn_size, names)
+    if a.experts.shared_ffn_size is not None:
+        shapes |= _swiglu_shapes("mlp.shared_expert.", a.hidden_size, a.experts.shared_ffn_size)
+        shapes["mlp.shared_expert_gate.weight"] = (1, a.hidden_size)
     return shapes
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skyrl_mega.errors import CheckpointError, ModelLoadError
-from skyrl_mega.models.build import PolicyModel
+from skyrl_mega.models.build import EXPERTS, PolicyModel
 from skyrl_mega.models.families import Architecture, hf_tensor_shapes, read_hf_config
 from skyrl_mega.parallel.device import install_megatron_cpu_shim
 from skyrl_mega.parallel.topology import Topology
@@ -32,6 +33,8 @@ FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
 INDEX_FILE = "model.safetensors.index.json"
 TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 2_000_000_000
+#: A mixture of experts has ten thousand tensors; as many lines would hide what is wrong.
+MAX_PROBLEMS_SHOWN = 40
 #: Files of a model directory that stay true whatever its weights are.
 COPIED = (
     "tokenizer*",
@@ -59,7 +62,7 @@ def load_hf_weights(chunks: Sequence[PolicyModel], path: str | Path, topology: T
 
     Streams: one tensor is in memory at a time; tensor rank 0 of each replica reads and scatters. A `lm_head.weight` beside tied
     embeddings is accepted if it equals them. Raises ModelLoadError, on every rank and before anything is loaded, with the
-    names of all tensors that are missing, left over, of the wrong shape, or not floating point.
+    names of the tensors that are missing, left over, of the wrong shape, or not floating point.
     """
     architecture = chunks[0].architecture
     stored = read_headers(path)
@@ -67,7 +70,7 @@ def load_hf_weights(chunks: Sequence[PolicyModel], path: str | Path, topology: T
     bridge = _make_bridge(chunks[0], path)
     _check_mapping(architecture, _mapping(bridge, chunks, topology))
     with torch.no_grad(), topology.deadline(f"loading weights from {path}"):
-        bridge.load_weights(list(chunks), str(path), memory_efficient=True)
+        bridge.load_weights([MappedModel(chunk) for chunk in chunks], str(path), memory_efficient=True)
 
 
 def read_headers(path: str | Path) -> dict[str, StoredTensor]:
@@ -117,8 +120,10 @@ def _check_tensors(architecture: Architecture, stored: dict[str, StoredTensor], 
         elif name not in expected and not _may_stay(name, architecture, stored, problems):
             problems.append(f"unexpected: {name} {tensor.shape}")
     if problems:
+        shown = problems[:MAX_PROBLEMS_SHOWN]
+        more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
         raise ModelLoadError(
-            f"{path}: weights and config.json do not fit ({len(problems)} problems):\n  " + "\n  ".join(problems)
+            f"{path}: weights and config.json do not fit ({len(problems)} problems):\n  " + "\n  ".join(shown) + more
         )
 
 
@@ -138,19 +143,50 @@ def _read(stored: dict[str, StoredTensor], name: str) -> torch.Tensor:
         return opened.get_tensor(name)
 
 
+class MappedModel:
+    """A policy as mbridge knows models: its parameters under TransformerEngine's names, one per expert and matrix.
+
+    Megatron's experts without TransformerEngine are modules of their own (`experts.local_experts.3.linear_fc1.weight`); with it
+    they are numbered parameters (`experts.linear_fc1.weight3`). Looked up once: Megatron's state_dict of a thousand experts is
+    slow, and mbridge asks for it once a tensor.
+    """
+
+    def __init__(self, policy: PolicyModel) -> None:
+        self.decoder = policy.decoder
+        self._experts_are_whole = policy.config.expert_tensor_parallel_size == 1
+        self._parameters = {_grouped_name(name): parameter for name, parameter in policy.named_parameters()}
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            # mbridge gathers over tensor ranks what is marked as split. Whole experts are marked too, for the gradient norm.
+            yield name, parameter.detach() if self._experts_are_whole and EXPERTS in name else parameter
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._parameters
+
+
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
+
+
+def _grouped_name(name: str) -> str:
+    return _LOCAL_EXPERT.sub(r".experts.\2.weight\1", name)
+
+
 #: (parameter's name in the whole model, the Hugging Face tensors that it holds), in export order.
 Mapping = list[tuple[str, list[str]]]
 
 
 def _mapping(bridge: Any, chunks: Sequence[PolicyModel], topology: Topology) -> Mapping:
-    """The parameters of all pipeline stages. *All ranks.*
+    """The parameters of all pipeline stages, all experts among them. *All ranks.*
 
     With tied weights the last of several stages holds a copy of the embedding as its head: it is no tensor of its own.
     """
     names = []
     for chunk in chunks:
-        to_global = bridge._weight_name_mapping_mcore_local_to_global(chunk)
-        names += [to_global[name] for name, _ in chunk.named_parameters()]
+        mapped = MappedModel(chunk)
+        to_global = bridge._weight_name_mapping_mcore_local_to_global(mapped, consider_ep=False)
+        names += [every for name in mapped.state_dict() for every in _on_every_rank(to_global[name], chunk, topology)]
     mine = [(name, list(bridge._weight_name_mapping_mcore_to_hf(name))) for name in names]
     stages: list[Mapping] = [mine] * topology.pp_size
     if topology.pp_size > 1:
@@ -159,6 +195,16 @@ def _mapping(bridge: Any, chunks: Sequence[PolicyModel], topology: Topology) -> 
     mapping = list(itertools.chain.from_iterable(stages))
     is_tied_copy = chunks[0].architecture.tied and topology.pp_size > 1
     return [pair for pair in mapping if not (is_tied_copy and pair[0] == "output_layer.weight")]
+
+
+def _on_every_rank(name: str, policy: PolicyModel, topology: Topology) -> list[str]:
+    """The names of the parameter `name` of this rank and, for an expert, of those in its place on the other expert ranks."""
+    match = _GROUPED_EXPERT.search(name)
+    if match is None:
+        return [name]
+    assert policy.architecture.experts is not None
+    held = policy.architecture.experts.count // topology.ep_size
+    return [_GROUPED_EXPERT.sub(rf"\g<1>{rank * held + int(match[2])}", name) for rank in range(topology.ep_size)]
 
 
 def _check_mapping(architecture: Architecture, mapping: Mapping) -> None:
@@ -173,6 +219,7 @@ def _check_mapping(architecture: Architecture, mapping: Mapping) -> None:
 def _make_bridge(policy: PolicyModel, path: str | Path) -> Any:
     """mbridge's bridge for the model: maps names and layouts only; the model itself is ours."""
     from mbridge import AutoBridge
+    from mbridge.core import Bridge
 
     install_megatron_cpu_shim()  # again: mbridge has just been imported
     a = policy.architecture
@@ -183,6 +230,8 @@ def _make_bridge(policy: PolicyModel, path: str | Path) -> Any:
     # mbridge notes a tied head in a dictionary of the class: a tied Qwen would redirect the head of every later untied one.
     head = EMBEDDING if a.tied else TIED_HEAD
     bridge._DIRECT_MAPPING = {**bridge._DIRECT_MAPPING, "output_layer.weight": head}
+    # A mixture of experts may have dense layers too; mbridge's bridges for it know none.
+    bridge._MLP_MAPPING = {**Bridge._MLP_MAPPING, **bridge._MLP_MAPPING}
     if policy.padded_vocab_size != policy.vocab_size:
         bridge.make_vocab_size_divisible_by = policy.config.tensor_model_parallel_size
         bridge.vocab_size, bridge.padded_vocab_size = policy.vocab_size, policy.padded_vocab_size
@@ -224,7 +273,7 @@ class HFExporter:
         The tensor may share memory with a parameter: never write to it, and copy it to keep it beyond the next update of the
         weights. Raises DeadlineError.
         """
-        weights = self._bridge.export_weights(self._chunks)
+        weights = self._bridge.export_weights([MappedModel(chunk) for chunk in self._chunks])
         seen: set[str] = set()
         while True:
             # Not around the whole loop: the consumer's code between two tensors runs in its own grad mode.
@@ -239,11 +288,14 @@ class HFExporter:
 
 
 def _fused_groups(mapping: Mapping) -> list[tuple[str, ...]]:
-    """The mapping's tensors in groups that travel together: those of one module where a parameter holds several."""
+    """The mapping's tensors in groups that travel together: those of one module where a parameter holds several.
+
+    Each expert is a group of its own: a layer with all its experts would be no bucket's size.
+    """
 
     def module_of(pair: tuple[str, list[str]]) -> str:
         name, hf_names = pair
-        return name.rpartition(".")[0] if len(hf_names) > 1 else name
+        return name.rpartition(".")[0] if len(hf_names) > 1 and not _GROUPED_EXPERT.search(name) else name
 
     return [
         tuple(itertools.chain.from_iterable(hf_names for _, hf_names in pairs))

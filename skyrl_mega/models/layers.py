@@ -2,7 +2,10 @@
 
 TransformerEngine fuses the norm before a projection into the projection, and names the norm's parameter `layer_norm_weight`
 there. The torch modules below do the same, so that checkpoints, weight mapping and export see one set of names on every
-device.
+device. Layers with experts keep their norm for themselves in both, since router and experts read it alike.
+
+Experts: TransformerEngine's grouped matmuls where it is installed, else Megatron's one MLP after the other. Their parameters
+are named differently (`hf_io` knows), their checkpoints alike.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from skyrl_mega.models.attention import PackedAttention
+from skyrl_mega.models.router import CountingRouter
 
 
 def transformer_engine_layers_available(device: torch.device) -> bool:
@@ -75,32 +80,58 @@ def block_spec(
     config: TransformerConfig, device: torch.device, attention_backend: str, vp_stage: int
 ) -> TransformerBlockSubmodules:
     """The decoder's layers and its final norm, ours or TransformerEngine's, with our packed core attention in both."""
-    layer = _transformer_engine_layer(config) if transformer_engine_layers_available(device) else _torch_layer(config)
-    layer.submodules.self_attention.submodules.core_attention = partial(PackedAttention, backend=attention_backend)
     final_norm = RMSNorm
     if transformer_engine_layers_available(device):
         from megatron.core.extensions.transformer_engine import TENorm
 
         final_norm = TENorm
+    first = get_transformer_layer_offset(config, vp_stage)
+    has_experts = layers_with_experts(config)[first : first + get_num_layers_to_build(config, vp_stage)]
+    specs = {experts: _layer(config, device, attention_backend, experts) for experts in set(has_experts)}
     # A full TransformerBlockSubmodules: given a bare layer, Megatron would put its stock norm at the end.
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[specs[experts] for experts in has_experts], layer_norm=final_norm)
 
 
-def _torch_layer(config: TransformerConfig) -> ModuleSpec:
-    layer = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm"))
+def layers_with_experts(config: TransformerConfig) -> list[bool]:
+    """Which layers of the whole model have experts."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    if isinstance(config.moe_layer_freq, int):
+        return [True] * config.num_layers
+    return [bool(experts) for experts in config.moe_layer_freq]
+
+
+def _layer(config: TransformerConfig, device: torch.device, attention_backend: str, has_experts: bool) -> ModuleSpec:
+    make = _transformer_engine_layer if transformer_engine_layers_available(device) else _torch_layer
+    layer = make(config, config.num_moe_experts if has_experts else None)
+    layer.submodules.self_attention.submodules.core_attention = partial(PackedAttention, backend=attention_backend)
+    if has_experts:
+        layer.submodules.mlp.submodules.router = CountingRouter
+    return layer
+
+
+def _torch_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = copy.deepcopy(spec)
     submodules = layer.submodules
     submodules.input_layernorm = IdentityOp
-    submodules.pre_mlp_layernorm = IdentityOp
     submodules.sharded_state_dict_keys_map = {}
     submodules.self_attention.submodules.linear_qkv = LayerNormColumnParallelLinear
-    submodules.mlp.submodules.linear_fc1 = LayerNormColumnParallelLinear
+    if num_experts is None:
+        submodules.pre_mlp_layernorm = IdentityOp
+        submodules.mlp.submodules.linear_fc1 = LayerNormColumnParallelLinear
+    else:
+        submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
         submodules.self_attention.submodules.q_layernorm = RMSNorm
         submodules.self_attention.submodules.k_layernorm = RMSNorm
     return layer
 
 
-def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
+def _transformer_engine_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm))
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=config.qk_layernorm
+    )
+    return copy.deepcopy(spec)

@@ -50,6 +50,8 @@ def write_scaled_down(source: str | Path, target: Path, *, num_layers: int, tens
         for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
             if getattr(config, name, None):
                 sizes[name] = FFN // 2
+    if getattr(config, "mlp_only_layers", None):
+        sizes["mlp_only_layers"] = [0]
     if getattr(config, "layer_types", None):
         sizes["layer_types"] = config.layer_types[:1] * num_layers
     for name, value in sizes.items():

@@ -29,6 +29,10 @@ Two functions of `megatron.core.tensor_parallel.random` are replaced whole, `_ge
 first goes to `torch.cuda.random` by import, the second defers its work through `torch.cuda._lazy_call`, which on a machine
 without CUDA never runs (a forked RNG state would silently not be restored).
 
+Two names of mixture-of-experts modules are mended: `token_dispatcher.maybe_move_tensor_to_cpu` turns split sizes into host
+numbers only where the tensor is on a GPU (`all_to_all_single` takes numbers), and `moe_utils.te_general_gemm` is looked up
+without being defined where TransformerEngine is missing.
+
 **Two Tensor methods** can't be reached through a module's globals and are replaced on `torch.Tensor`: `type`, because the
 optimizer sorts parameters by comparing `param.type()` with `"torch.cuda.FloatTensor"` and the like, and `cuda`, because a few
 lines move a tensor to the device of the rank that way. Both look at their caller: unless it is a `megatron.core` module they
@@ -66,6 +70,7 @@ MEGATRON_MODULES = (
     "megatron.core.optimizer_param_scheduler",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.moe.moe_layer",
 )
 
 #: Packages whose modules see the proxy. mbridge asks for the current device when it hands a weight on along the pipeline.
@@ -141,6 +146,8 @@ def install_megatron_cpu_shim() -> ShimReport:
     random = sys.modules["megatron.core.tensor_parallel.random"]
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
+    sys.modules["megatron.core.transformer.moe.token_dispatcher"].maybe_move_tensor_to_cpu = _on_host
+    vars(sys.modules["megatron.core.transformer.moe.moe_utils"]).setdefault("te_general_gemm", None)
     if torch.Tensor.type is not _tensor_type:
         torch.Tensor.type = _tensor_type
         torch.Tensor.cuda = _tensor_cuda
@@ -227,6 +234,11 @@ def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(new_state)
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's `maybe_move_tensor_to_cpu` for tensors that lie there already."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _manual_seed(seed: int) -> None:

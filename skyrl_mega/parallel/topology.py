@@ -45,7 +45,10 @@ class Topology:
     """This rank's place: sizes and ranks by axis, and the process groups behind them.
 
     `tp_group`, `dp_group`, `pp_group`, `cp_group` carry device tensors. `dp_cp_group` spans data and context parallelism (the
-    ranks that hold the same weights). `control_group` is gloo over all ranks: objects and barriers.
+    ranks that hold the same weights, experts aside). `control_group` is gloo over all ranks: objects and barriers.
+
+    Experts are laid over the same ranks a second time: `ep_size` ranks share the experts of a layer, each expert is split over
+    `etp_size` ranks, and what remains of a stage's ranks holds copies. `ep_group` is this rank's expert-parallel group.
     """
 
     rank: int
@@ -60,11 +63,15 @@ class Topology:
     cp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
     #: None in a world of one, which waits for nobody.
     watchdog: Watchdog | None = None
@@ -147,6 +154,12 @@ class Topology:
             values /= self.dp_size * self.cp_size
         return dict(zip(names, values.tolist(), strict=True))
 
+    def sum_over_ranks(self, values: torch.Tensor, phase: str) -> torch.Tensor:
+        """The CPU tensors of all ranks added up, in place; returns `values`. *All ranks, same shape.* Raises DeadlineError."""
+        with self.deadline(phase):
+            dist.all_reduce(values, group=self.control_group)
+        return values
+
     def destroy(self) -> None:
         """Leaves all process groups. The process can call `init_topology` again."""
         from megatron.core import parallel_state
@@ -187,6 +200,18 @@ def init_topology(parallel: ParallelConfig, device: torch.device, *, seed: int) 
             f"The world size ({world_size}) must be a multiple of tensor x pipeline x context parallel size "
             f"({parallel.tensor} x {parallel.pipeline} x {parallel.context} = {model_ranks}); start a "
             f"multiple of {model_ranks} ranks."
+        )
+    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    if world_size % expert_ranks:
+        raise ConfigError(
+            f"The world size ({world_size}) must be a multiple of expert x expert tensor x pipeline parallel size "
+            f"({parallel.expert} x {parallel.expert_tensor} x {parallel.pipeline} = {expert_ranks}); start a multiple of "
+            f"{expert_ranks} ranks."
+        )
+    if device.type == "cpu" and parallel.expert_tensor > 1:
+        raise ConfigError(
+            f"`parallel.expert_tensor` ({parallel.expert_tensor}) must be 1 on CPU: gloo can't gather the uneven numbers of "
+            "tokens that the shards of an expert get. Set parallel.expert_tensor=1 and raise parallel.expert."
         )
     timeout = timedelta(seconds=parallel.timeout_s)
     if device.type == "cuda":
@@ -240,6 +265,8 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=timeout.total_seconds() / 60,  # a timedelta is made of it: fractions are fine
     )
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -259,11 +286,15 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         cp_size=state.get_context_parallel_world_size(),
         dp_rank=state.get_data_parallel_rank(),
         dp_size=state.get_data_parallel_world_size(),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        ep_size=state.get_expert_model_parallel_world_size(),
+        etp_size=state.get_expert_tensor_parallel_world_size(),
         tp_group=state.get_tensor_model_parallel_group(),
         pp_group=state.get_pipeline_model_parallel_group(),
         cp_group=state.get_context_parallel_group(),
         dp_group=state.get_data_parallel_group(),
         dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
+        ep_group=state.get_expert_model_parallel_group(),
         control_group=control_group,
         watchdog=start_watchdog(rank, world_size, parallel.timeout_s) if world_size > 1 else None,
     )

@@ -1,7 +1,7 @@
 """Hugging Face as the oracle: float32 logits and gradients, one sequence at a time, and a weight converter of our own.
 
 The converter shares no code with the library or mbridge: it states the layout (q, k, v rows interleaved by KV group; gate
-above up) in a few lines, so that a mistake in the library's mapping shows.
+above up; experts one by one) in a few lines, so that a mistake in the library's mapping shows.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 
 
 def load_oracle(path: Path):
-    """The Hugging Face model in float32, in eval mode, with eager attention."""
+    """The Hugging Face model in float32, in eval mode, with eager attention and experts."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **eager).eval()
 
 
 def make_sequences(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[torch.Tensor]:
@@ -64,7 +65,29 @@ def oracle_gradients(oracle, sequences: Sequence[torch.Tensor], micro_batch) -> 
     """Gradients of `probe_loss` by Hugging Face parameter name."""
     oracle.zero_grad(set_to_none=True)
     probe_loss(oracle_logits(oracle, sequences), micro_batch).backward()
-    return {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    return by_file_name({name: parameter.grad for name, parameter in oracle.named_parameters()}, oracle.config.model_type)
+
+
+def by_file_name(tensors: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
+    """Tensors under a Hugging Face model's own names, under the names of its files: transformers 5 fuses experts in memory."""
+    files = {}
+    for name, tensor in tensors.items():
+        layer, fused, matrix = name.partition(".mlp.experts.")
+        if not fused:
+            files[name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if family == "mixtral" else name] = tensor
+            continue
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[matrix]
+        for expert, one in enumerate(tensor):
+            for part, rows in zip(parts, one.chunk(len(parts)), strict=True):
+                files[_expert_file_name(layer, expert, part, family)] = rows
+    return files
+
+
+def _expert_file_name(layer: str, expert: int, part: str, family: str) -> str:
+    if family == "mixtral":
+        number = {"gate_proj": 1, "down_proj": 2, "up_proj": 3}[part]
+        return f"{layer}.block_sparse_moe.experts.{expert}.w{number}.weight"
+    return f"{layer}.mlp.experts.{expert}.{part}.weight"
 
 
 def to_megatron(tensors: dict[str, torch.Tensor], name: str, architecture) -> torch.Tensor:
@@ -87,6 +110,13 @@ def to_megatron(tensors: dict[str, torch.Tensor], name: str, architecture) -> to
         return torch.cat(rows)
     if part == "mlp.linear_fc1.weight":
         return torch.cat([tensors[f"{layer}mlp.gate_proj.weight"], tensors[f"{layer}mlp.up_proj.weight"]])
+    if part == "mlp.shared_experts.linear_fc1.weight":
+        return torch.cat([tensors[f"{layer}mlp.shared_expert.{x}_proj.weight"] for x in ("gate", "up")])
+    if part.startswith("mlp.experts.local_experts."):
+        expert, matrix = int(part.split(".")[3]), part.split(".")[4]
+        parts = ("gate_proj", "up_proj") if matrix == "linear_fc1" else ("down_proj",)
+        names = [_expert_file_name(layer[:-1], expert, x, architecture.family) for x in parts]
+        return torch.cat([tensors[x] for x in names])
     plain = {
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
@@ -94,5 +124,9 @@ def to_megatron(tensors: dict[str, torch.Tensor], name: str, architecture) -> to
         "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
         "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
         "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        "mlp.router.weight": "block_sparse_moe.gate.weight" if architecture.family == "mixtral" else "mlp.gate.weight",
+        "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
+        "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
     }
     return tensors[layer + plain[part]]

@@ -15,9 +15,9 @@ from skyrl_mega.parallel.topology import Topology, init_topology
 from skyrl_mega.training.policy import Policy
 
 
-def tiny_config(directory: Path, *overrides: str, family: str = "llama", tied: bool = True) -> Config:
-    """A float32 configuration on a fresh random model under `directory`."""
-    path = write_tiny_model(directory / "model", family, tied=tied)
+def tiny_config(directory: Path, *overrides: str, family: str = "llama", tied: bool = True, **shape) -> Config:
+    """A float32 configuration on a fresh random model under `directory`; `shape` goes into its Hugging Face config."""
+    path = write_tiny_model(directory / "model", family, tied=tied, **shape)
     run_dir = f"trainer.run_dir={directory / 'run'}"
     return load_config(["recipe=tiny", f"model.path={path}", run_dir, *overrides])
 

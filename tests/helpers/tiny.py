@@ -12,6 +12,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+#: What each mixture-of-experts family adds to the dense settings.
+MOE_SETTINGS = {
+    "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
+    "qwen2_moe": {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 80},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
 
 def make_tokenizer():
     """A tokenizer whose tokens are bytes: pad 0, bos 1, eos 2, <|im_start|> 3, <|im_end|> 4, then the 256 bytes."""
@@ -34,13 +42,22 @@ def make_tokenizer():
 def write_tiny_model(
     path: Path, family: str = "llama", *, tied: bool = True, seed: int = 0, dtype: str = "float32", **overrides
 ) -> Path:
-    """Writes a random 2-layer model of `family` (llama, qwen2, qwen3) and its tokenizer to `path`; returns `path`.
+    """Writes a random 2-layer model of `family` and its tokenizer to `path`; returns `path`.
 
-    hidden 64, 4 heads, 2 KV heads, head size 32 (qwen2: 16), FFN 128, vocabulary 272 (padded past the tokenizer's 261).
-    Weights are scaled up so that the distribution is far from uniform and a wrong tensor shows.
+    Families: llama, qwen2, qwen3 and, with 4 experts of which 2 see each token, qwen3_moe, qwen2_moe, mixtral. hidden 64,
+    4 heads, 2 KV heads, head size 32 (qwen2, qwen2_moe: 16), FFN 128, expert FFN 48 (mixtral: 128), vocabulary 272 (padded past
+    the tokenizer's 261). Weights are scaled up so that the distribution is far from uniform and a wrong tensor shows.
     """
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        MixtralConfig,
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     settings = dict(
         vocab_size=272,
@@ -56,9 +73,17 @@ def write_tiny_model(
         eos_token_id=2,
         pad_token_id=0,
     )
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
-    if family != "qwen2":
+    config_class = {
+        "llama": LlamaConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "qwen3_moe": Qwen3MoeConfig,
+        "qwen2_moe": Qwen2MoeConfig,
+        "mixtral": MixtralConfig,
+    }[family]
+    if not family.startswith("qwen2"):
         settings["head_dim"] = 32  # the smallest that vLLM has CPU attention kernels for
+    settings.update(MOE_SETTINGS.get(family, {}))
     settings.update(overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_class(**settings), dtype=torch.float32)

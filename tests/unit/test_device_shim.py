@@ -32,7 +32,8 @@ NOT_OURS = (
     "megatron.core.ssm",
     "megatron.core.tensor_parallel.inference_layers",
     "megatron.core.transformer.cuda_graphs",
-    "megatron.core.transformer.moe",
+    "megatron.core.transformer.moe.fused_a2a",
+    "megatron.core.transformer.moe.grouped_gemm_util",
 )
 
 #: What the rest asks of CUDA, and where (without "megatron.core."). When this test fails after an upgrade: look at the sites that
@@ -49,20 +50,25 @@ CALL_SITES = {
     "device='cuda' in torch.ones": "transformer.utils",
     "device='cuda' in torch.tensor": "dist_checkpointing.strategies.state_dict_saver optimizer.clip_grads optimizer.grad_scaler "
     "optimizer.optimizer tensor_parallel.data utils",
-    "device='cuda' in torch.zeros": "distributed.param_and_grad_buffer optimizer.clip_grads pipeline_parallel.schedules",
+    "device='cuda' in torch.zeros": "distributed.param_and_grad_buffer optimizer.clip_grads pipeline_parallel.schedules "
+    "transformer.moe.moe_utils",
     "torch.cuda.Event": "pipeline_parallel.utils utils",
-    "torch.cuda.Stream": "distributed.distributed_data_parallel pipeline_parallel.utils",
+    "torch.cuda.Stream": "distributed.distributed_data_parallel pipeline_parallel.utils transformer.moe.shared_experts "
+    "transformer.moe.token_dispatcher",
     "torch.cuda.current_device": "dist_checkpointing.strategies.async_utils dist_checkpointing.strategies.state_dict_saver "
     "distributed.distributed_data_parallel distributed.param_and_grad_buffer models.common.embeddings.rotary_pos_embedding "
     "models.common.embeddings.yarn_rotary_pos_embedding models.gpt.gpt_model optimizer.distrib_optimizer optimizer.grad_scaler "
     "optimizer.optimizer parallel_state pipeline_parallel.p2p_communication tensor_parallel.data tensor_parallel.layers "
     "tensor_parallel.mappings tensor_parallel.random tensor_parallel.utils timers transformer.attention "
-    "transformer.dot_product_attention transformer.module transformer.multi_token_prediction transformer.transformer_layer utils",
-    "torch.cuda.current_stream": "pipeline_parallel.combined_1f1b pipeline_parallel.utils",
+    "transformer.dot_product_attention transformer.module transformer.moe.experts transformer.moe.router "
+    "transformer.multi_token_prediction transformer.transformer_layer utils",
+    "torch.cuda.current_stream": "pipeline_parallel.combined_1f1b pipeline_parallel.utils transformer.moe.moe_utils "
+    "transformer.moe.shared_experts transformer.moe.token_dispatcher",
     "torch.cuda.default_stream": "distributed.param_and_grad_buffer",
     "torch.cuda.get_rng_state": "tensor_parallel.random",
     "torch.cuda.manual_seed": "tensor_parallel.random",
-    "torch.cuda.stream": "distributed.param_and_grad_buffer pipeline_parallel.utils",
+    "torch.cuda.stream": "distributed.param_and_grad_buffer pipeline_parallel.utils transformer.moe.shared_experts "
+    "transformer.moe.token_dispatcher",
     "torch.cuda.synchronize": "dist_checkpointing.strategies.async_utils dist_checkpointing.strategies.filesystem_async "
     "dist_checkpointing.strategies.fully_parallel distributed.distributed_data_parallel parallel_state "
     "pipeline_parallel.p2p_communication timers utils",

@@ -9,6 +9,7 @@ import torch
 
 from skyrl_mega.errors import ModelLoadError
 from skyrl_mega.models.families import (
+    Experts,
     Rope,
     hf_tensor_shapes,
     inverse_frequencies,
@@ -55,6 +56,40 @@ def test_a_head_size_in_the_file_is_honoured_for_qwen2_too(tmp_path):
     assert hf_tensor_shapes(a)["model.layers.0.self_attn.k_proj.weight"] == (64, 64)
 
 
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+EXPERTS = {
+    "qwen3_moe": (MOE | {"norm_topk_prob": True}, Experts(6, 2, 48, True, None, (True, True))),
+    "qwen3_moe of transformers 5": (
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        Experts(6, 2, 48, False, None, (True, True)),
+    ),
+    "qwen2_moe": (MOE | {"shared_expert_intermediate_size": 80}, Experts(6, 2, 48, False, 80, (True, True))),
+    "qwen2_moe sparse": (
+        MOE | {"shared_expert_intermediate_size": 80, "decoder_sparse_step": 2},
+        Experts(6, 2, 48, False, 80, (False, True)),
+    ),
+    "qwen3_moe dense first": (MOE | {"mlp_only_layers": [0]}, Experts(6, 2, 48, False, None, (False, True))),
+    "mixtral": ({"num_local_experts": 6, "num_experts_per_tok": 2}, Experts(6, 2, 96, True, None, (True, True))),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_the_experts_of_a_mixture_are_read(case, tmp_path):
+    settings, expected = EXPERTS[case]
+    a = read_architecture(_write(tmp_path, model_type=case.split()[0], **settings))
+    assert a.experts == expected
+    assert a.has_dense_layers == (not all(expected.layers))
+    assert (a.qk_norm, a.qkv_bias) == (case.startswith("qwen3"), case.startswith("qwen2"))
+    shapes = hf_tensor_shapes(a)
+    assert ("model.layers.0.mlp.gate_proj.weight" in shapes) == a.has_dense_layers
+    assert sum("layers.1." in name and ".experts.5." in name for name in shapes) == 3
+    assert ("model.layers.1.mlp.shared_expert_gate.weight" in shapes) == (expected.shared_ffn_size is not None)
+
+
+def test_a_bias_that_is_switched_off_is_honoured(tmp_path):
+    assert not read_architecture(_write(tmp_path, model_type="qwen2_moe", qkv_bias=False, **MOE)).qkv_bias
+
+
 @pytest.mark.parametrize("rope", [
     {"rope_type": "default", "rope_theta": 1e6},
     {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
@@ -88,6 +123,22 @@ REFUSED = {
         "rope_type 'yarn'",
     ),
     "partial rotary": ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "mixtral's window": ({"model_type": "mixtral", "sliding_window": 8}, "sliding_window = 8"),
+    "qwen3_moe's window": ({"model_type": "qwen3_moe", "use_sliding_window": True, **MOE}, "use_sliding_window = True"),
+    "router noise": ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 .* without noise"),
+    "no experts": ({"model_type": "qwen3_moe", **MOE, "num_experts": 0}, r"between 1 and the number of experts \(0\)"),
+    "too many per token": (
+        {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
+        r"num_experts_per_tok \(3\) must be between 1 and the number of experts \(2\)",
+    ),
+    "one renormalised expert": (
+        {"model_type": "qwen3_moe", **MOE, "num_experts_per_tok": 1, "norm_topk_prob": True},
+        "num_experts_per_tok = 1 with renormalised weights",
+    ),
+    "dense throughout": (
+        {"model_type": "qwen3_moe", **MOE, "mlp_only_layers": [0, 1]},
+        "leave no layer with experts",
+    ),
     "quantized": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
 }
 

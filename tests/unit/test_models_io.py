@@ -19,6 +19,7 @@ from skyrl_mega.parallel.device import resolve_device
 from skyrl_mega.parallel.topology import init_topology
 
 FAMILIES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
+FAMILIES += [("qwen3_moe", False), ("qwen2_moe", True), ("mixtral", False)]
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +129,15 @@ def test_fused_groups_are_whole_consecutive_and_in_export_order(family, tied, to
     assert [name for group in groups for name in group] == exported == [name for name, _ in exporter.iter_weights(torch.float32)]
     assert sorted(exported) == sorted(load_file(path / "model.safetensors"))
     attention = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv"]
-    if family == "qwen2":
+    if family.startswith("qwen2"):
         attention += [f"model.layers.1.self_attn.{x}_proj.bias" for x in "qkv"]
     assert tuple(attention) in groups
-    assert ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight") in groups
+    gate_and_up = {
+        "mixtral": ("block_sparse_moe.experts.3.w1", "block_sparse_moe.experts.3.w3"),
+        "qwen3_moe": ("mlp.experts.3.gate_proj", "mlp.experts.3.up_proj"),
+        "qwen2_moe": ("mlp.experts.3.gate_proj", "mlp.experts.3.up_proj"),
+    }.get(family, ("mlp.gate_proj", "mlp.up_proj"))
+    assert tuple(f"model.layers.0.{name}.weight" for name in gate_and_up) in groups
 
 
 def test_exported_tensors_carry_no_gradient_and_leave_the_consumers_grad_mode_alone(topology, tmp_path):
@@ -175,6 +181,22 @@ def test_all_problems_are_named_at_once(topology, tmp_path):
     path = write_tiny_model(tmp_path)
     _rewrite(path, lambda t: (t.pop("model.norm.weight"), t.update({"extra": torch.zeros(1)})))
     with pytest.raises(ModelLoadError, match=r"(?s)2 problems.*missing: model.norm.weight.*unexpected: extra"):
+        load_hf_weights([_build(path, topology)], path, topology)
+
+
+def test_fused_experts_are_refused_and_ten_thousand_names_are_not_listed(topology, tmp_path):
+    """transformers 5 can also write experts as it holds them in memory; vLLM and this library read them one by one."""
+    path = write_tiny_model(tmp_path, "qwen3_moe", tied=False, num_experts=8)
+
+    def fuse(tensors):
+        for name in [name for name in tensors if ".experts." in name and "down_proj" in name]:
+            tensors.pop(name)
+            for matrix in ("gate_proj", "up_proj"):
+                tensors.pop(name.replace("down_proj", matrix))
+        tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(8, 64, 48)
+
+    _rewrite(path, fuse)
+    with pytest.raises(ModelLoadError, match=r"(?s)49 problems.*missing: .*experts\.0\.gate_proj.*and 9 more$"):
         load_hf_weights([_build(path, topology)], path, topology)
 
 

@@ -42,6 +42,13 @@ MODELS = {
     "qwen2_untied_biases": ("qwen2", {"tied": False}),
     "qwen3_tied_qk_norm": ("qwen3", {"tied": True}),
     "qwen3_untied_qk_norm": ("qwen3", {"tied": False, "head_dim": 24}),
+    "qwen3_moe": ("qwen3_moe", {"tied": False}),
+    "qwen3_moe_many_experts_raw_weights": ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    "qwen3_moe_after_a_dense_layer": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "qwen2_moe_shared_expert": ("qwen2_moe", {"tied": False}),
+    "qwen2_moe_every_second_layer": ("qwen2_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False}),
+    "qwen2_moe_one_expert_per_token": ("qwen2_moe", {"num_experts_per_tok": 1}),
+    "mixtral": ("mixtral", {"tied": False}),
 }
 LENGTHS = [7, 33, 5, 20, 1, 220, 90]
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -93,8 +100,9 @@ def test_positions_decide_the_rotation_whatever_max_seqlen_says(topology, tmp_pa
     assert torch.equal(forward_hidden(model, micro_batch), first)
 
 
-def test_full_recomputation_changes_nothing(topology, tmp_path):
-    path = write_tiny_model(tmp_path, "qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe"])
+def test_full_recomputation_changes_nothing(family, topology, tmp_path):
+    path = write_tiny_model(tmp_path, family)
     micro_batch = make_micro_batch(make_sequences([11, 30, 4], 272))
     results = []
     for recompute in ("none", "full"):
@@ -107,8 +115,9 @@ def test_full_recomputation_changes_nothing(topology, tmp_path):
     assert all(torch.equal(results[0][1][name], gradient) for name, gradient in results[1][1].items())
 
 
-def test_bfloat16_parameters_err_no_more_than_twice_hugging_face_in_bfloat16(topology, tmp_path):
-    path = write_tiny_model(tmp_path, "llama", dtype="bfloat16")
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe"])
+def test_bfloat16_parameters_err_no_more_than_twice_hugging_face_in_bfloat16(family, topology, tmp_path):
+    path = write_tiny_model(tmp_path, family, dtype="bfloat16")
     model = _policy(path, topology, dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     sequences = make_sequences([40, 25, 60], 272)
