@@ -67,7 +67,11 @@ def _tensor_divides_model(config: Config, facts: Facts) -> Iterator[Finding]:
     model, tensor = facts.model, config.parallel.tensor
     if model is None or tensor < 1:
         return
-    sizes = {"attention heads": model.num_heads, "KV heads": model.num_kv_heads, "FFN size": model.ffn_size}
+    sizes = {"attention heads": model.num_heads, "KV heads": model.num_kv_heads}
+    if model.experts is None or model.experts.dense_layers:
+        sizes["FFN size"] = model.ffn_size
+    if model.experts is not None and model.experts.shared_ffn_size:
+        sizes["shared expert's FFN size"] = model.experts.shared_ffn_size
     odd = [f"{size} {name}" for name, size in sizes.items() if size % tensor]
     if odd:
         fitting = [n for n in range(1, model.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
@@ -157,6 +161,75 @@ def _cuda_settings_need_cuda(config: Config, facts: Facts) -> Iterator[Finding]:
 def _fp8_is_over_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.model.fp8 != "off" and config.model.dtype != "bfloat16":
         yield Finding(f"`model.dtype` is {config.model.dtype}", "Choose `precision=fp8`, or set `model.fp8=off`.")
+
+
+# ---- experts -------------------------------------------------------------------------------------------------------------
+
+
+@rule("`parallel.expert` and `parallel.expert_tensor` above 1 need a mixture of experts whose number and FFN size they divide")
+def _experts_are_divisible(config: Config, facts: Facts) -> Iterator[Finding]:
+    model, expert, expert_tensor = facts.model, config.parallel.expert, config.parallel.expert_tensor
+    if model is None or min(expert, expert_tensor) < 1 or expert == expert_tensor == 1:
+        return
+    if model.experts is None:
+        yield Finding(
+            f"`parallel.expert` is {expert}, `parallel.expert_tensor` is {expert_tensor} and the model (`{model.family}`) is"
+            " dense",
+            "Set both to 1; `parallel.tensor` and `parallel.pipeline` shard dense models.",
+        )
+        return
+    if model.experts.count % expert:
+        fitting = [n for n in range(1, model.experts.count + 1) if model.experts.count % n == 0]
+        yield Finding(
+            f"`parallel.expert` is {expert} and the model has {model.experts.count} experts",
+            f"Sizes that fit this model: {', '.join(map(str, fitting))}.",
+        )
+    if model.experts.ffn_size % expert_tensor:
+        yield Finding(
+            f"`parallel.expert_tensor` is {expert_tensor} and the experts' FFN size is {model.experts.ffn_size}",
+            "Set `parallel.expert_tensor=1`.",
+        )
+
+
+@rule("The number of processes must be divisible by `parallel.expert` x `parallel.expert_tensor` x `parallel.pipeline`")
+def _world_size_holds_experts(config: Config, facts: Facts) -> Iterator[Finding]:
+    parallel = config.parallel
+    size = max(1, parallel.expert * parallel.expert_tensor * parallel.pipeline)
+    if facts.world_size % size:
+        yield Finding(
+            f"{facts.world_size} processes for {parallel.expert} x {parallel.expert_tensor} x {parallel.pipeline} = {size}",
+            f"Start {size} processes or a multiple, or lower `parallel.expert`.",
+        )
+
+
+@rule("`parallel.tensor` > 1 with a mixture of experts needs `parallel.sequence_parallel`: each process routes its own tokens")
+def _experts_need_sequence_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
+    model, parallel = facts.model, config.parallel
+    if model is not None and model.experts is not None and parallel.tensor > 1 and not parallel.sequence_parallel:
+        yield Finding(
+            f"`parallel.tensor` is {parallel.tensor}, `parallel.sequence_parallel` is false and the model is `{model.family}`",
+            "Set `parallel.sequence_parallel=true`, or choose `parallel=ep2_tp2`.",
+        )
+
+
+@rule("`parallel.expert_tensor` must be 1, or equal to `parallel.tensor` on CUDA: gloo can't gather uneven numbers of tokens")
+def _expert_tensor_fits(config: Config, facts: Facts) -> Iterator[Finding]:
+    parallel = config.parallel
+    if parallel.expert_tensor > 1 and (config.trainer.device == "cpu" or parallel.expert_tensor != parallel.tensor):
+        yield Finding(
+            f"`parallel.expert_tensor` is {parallel.expert_tensor}, `parallel.tensor` is {parallel.tensor} and `trainer.device`"
+            f" is {config.trainer.device}",
+            "Set `parallel.expert_tensor=1` and raise `parallel.expert`.",
+        )
+
+
+@rule("`model.moe_aux_loss_coef` > 0 needs a mixture of experts: it balances the load of experts")
+def _aux_loss_needs_experts(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.model.moe_aux_loss_coef > 0 and facts.model is not None and facts.model.experts is None:
+        yield Finding(
+            f"it is {config.model.moe_aux_loss_coef} and the model (`{facts.model.family}`) is dense",
+            "Set `model.moe_aux_loss_coef=0`.",
+        )
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral")
+FAMILIES = ("llama", "qwen2", "qwen3", *MOE_FAMILIES)
+
+
+@dataclass(frozen=True)
+class ExpertFiles:
+    """The experts of a mixture. `shared_ffn_size` is 0 without a shared one; `dense_layers` counts the layers without experts."""
+
+    count: int
+    ffn_size: int
+    shared_ffn_size: int
+    dense_layers: int
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The numbers of `config.json` that settings are checked against. `sliding_window` is None where attention is full."""
+    """The numbers of `config.json` that settings are checked against. `sliding_window` is None where attention is full.
+
+    `experts` is None in a dense model; with it, `ffn_size` is that of the layers without experts.
+    """
 
     path: Path
     family: str
@@ -26,6 +40,7 @@ class ModelFiles:
     max_position_embeddings: int
     sliding_window: int | None
     has_chat_template: bool
+    experts: ExpertFiles | None = None
 
     def kv_cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token keeps in the cache of the whole model."""
@@ -61,7 +76,7 @@ def _read_shape(path: Path, config: Any) -> tuple[ModelFiles | None, list[str]]:
             f"The model's family must be one of {', '.join(FAMILIES)} (model_type in config.json); `{path}` is `{family}`. Choose"
             " a model of these families."
         ]
-    names = (
+    names: tuple[str, ...] = (
         "num_hidden_layers",
         "hidden_size",
         "intermediate_size",
@@ -69,6 +84,10 @@ def _read_shape(path: Path, config: Any) -> tuple[ModelFiles | None, list[str]]:
         "vocab_size",
         "max_position_embeddings",
     )
+    if family in MOE_FAMILIES:
+        # transformers 5 renamed num_experts; files of either spelling are about.
+        experts_key = "num_experts" if "num_experts" in config else "num_local_experts"
+        names = (*names, experts_key, *_EXPERT_SIZES[family])
     absent = [name for name in names if not isinstance(config.get(name), int)]
     if absent:
         return None, [
@@ -94,8 +113,26 @@ def _read_shape(path: Path, config: Any) -> tuple[ModelFiles | None, list[str]]:
         max_position_embeddings=config["max_position_embeddings"],
         sliding_window=config.get("sliding_window") if config.get("use_sliding_window") else None,
         has_chat_template=_has_chat_template(path),
+        experts=_read_experts(config, config[experts_key]) if family in MOE_FAMILIES else None,
     )
     return files, problems
+
+
+#: The keys of each family's expert FFN size and, where there is one, its shared expert's.
+_EXPERT_SIZES = {
+    "mixtral": ("intermediate_size",),
+    "qwen3_moe": ("moe_intermediate_size",),
+    "qwen2_moe": ("moe_intermediate_size", "shared_expert_intermediate_size"),
+}
+
+
+def _read_experts(config: dict[str, Any], count: int) -> ExpertFiles:
+    sizes = [config[key] for key in _EXPERT_SIZES[config["model_type"]]]
+    dense_layers = 0
+    if config["model_type"] != "mixtral":
+        dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+        dense_layers = sum(layer in dense or (layer + 1) % every != 0 for layer in range(config["num_hidden_layers"]))
+    return ExpertFiles(count, sizes[0], sizes[1] if len(sizes) > 1 else 0, dense_layers)
 
 
 def _weight_problems(path: Path) -> list[str]:

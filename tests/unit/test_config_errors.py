@@ -492,6 +492,99 @@ def test_without_files_nothing_on_disk_is_looked_at():
         validate(config)
 
 
+# ---- mixtures of experts --------------------------------------------------------------------------------------------------
+
+QWEN3_MOE = {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 48, "intermediate_size": 127}
+QWEN2_MOE = {**QWEN3_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 81}
+BAD_EXPERT_LAYOUTS = {
+    "experts": (
+        QWEN3_MOE,
+        ["parallel.expert=4"],
+        4,
+        ["number and FFN size", "`parallel.expert` is 4 and the model has 6 experts", "Sizes that fit this model: 1, 2, 3, 6."],
+    ),
+    "experts, newer spelling": (
+        {**QWEN3_MOE, "num_experts": None, "num_local_experts": 6},
+        ["parallel.expert=4"],
+        4,
+        ["the model has 6 experts"],
+    ),
+    "dense model": (
+        {},
+        ["parallel.expert=2"],
+        2,
+        ["need a mixture of experts", "`parallel.expert` is 2", "the model (`llama`) is dense", "Set both to 1"],
+    ),
+    "dense model, split experts": ({}, ["parallel.expert_tensor=2"], 2, ["`parallel.expert_tensor` is 2", "is dense"]),
+    "expert tensor on CPU": (
+        QWEN3_MOE,
+        ["parallel=tp2_sp", "parallel.expert_tensor=2", "trainer.device=cpu"],
+        2,
+        ["`parallel.expert_tensor` must be 1", "gloo", "`parallel.expert_tensor` is 2", "raise `parallel.expert`"],
+    ),
+    "expert tensor of its own size": (
+        QWEN3_MOE,
+        ["parallel.expert_tensor=2", "trainer.device=cuda"],
+        2,
+        ["equal to `parallel.tensor` on CUDA", "`parallel.tensor` is 1"],
+    ),
+    "expert tensor against FFN": (
+        {**QWEN3_MOE, "moe_intermediate_size": 49},
+        ["parallel=tp2_sp", "parallel.expert_tensor=2", "trainer.device=cuda"],
+        2,
+        ["FFN size they divide", "`parallel.expert_tensor` is 2 and the experts' FFN size is 49"],
+    ),
+    "world size": (
+        QWEN3_MOE,
+        ["parallel.expert=2", "parallel.pipeline=2"],
+        2,
+        ["`parallel.expert` x `parallel.expert_tensor` x `parallel.pipeline`", "2 processes for 2 x 1 x 2 = 4", "Start 4"],
+    ),
+    "tensor without sequence parallel": (
+        QWEN3_MOE,
+        ["parallel.tensor=2"],
+        2,
+        ["needs `parallel.sequence_parallel`", "the model is `qwen3_moe`", "`parallel.sequence_parallel=true`", "ep2_tp2"],
+    ),
+    "tensor against a shared expert": (QWEN2_MOE, ["parallel=tp2_sp"], 2, ["81 shared expert's FFN size"]),
+    "tensor against dense layers": (
+        {**QWEN3_MOE, "mlp_only_layers": [1]},
+        ["parallel=tp2_sp"],
+        2,
+        ["`parallel.tensor` is 2 and the model has 127 FFN size"],
+    ),
+    "balancing a dense model": ({}, ["model.moe_aux_loss_coef=0.01"], 1, ["`model.moe_aux_loss_coef` > 0 needs", "is dense"]),
+    "negative balance": ({}, ["model.moe_aux_loss_coef=-1"], 1, ["`model.moe_aux_loss_coef` must be >= 0", "got -1.0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EXPERT_LAYOUTS)
+def test_a_layout_that_experts_do_not_fit_is_refused(case, tmp_path):
+    changes, overrides, world_size, words = BAD_EXPERT_LAYOUTS[case]
+    path = write_model_dir(tmp_path / "model", **changes)
+    config = load_config([f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", *ARITHMETIC, *overrides])
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size=world_size)
+    says(caught.value, *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "world_size"),
+    [
+        (QWEN3_MOE, ["parallel=ep2"], 2),
+        (QWEN3_MOE, ["parallel=ep2_tp2"], 2),
+        (QWEN3_MOE, ["parallel=ep2", "parallel.pipeline=2"], 4),
+        (QWEN3_MOE, ["parallel.expert=6", "model.moe_aux_loss_coef=0.01"], 6),
+        (QWEN3_MOE, ["parallel=tp2_sp", "parallel.expert_tensor=2", "trainer.device=cuda"], 2),
+        ({"model_type": "mixtral", "num_local_experts": 8}, ["parallel=ep2_tp2"], 4),
+    ],
+)
+def test_a_layout_that_experts_fit_is_allowed(changes, overrides, world_size, tmp_path):
+    path = write_model_dir(tmp_path / "model", **changes)
+    config = load_config([f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", *ARITHMETIC, *overrides])
+    assert validate(config, world_size=world_size) == []
+
+
 # ---- the model's files ----------------------------------------------------------------------------------------------------
 
 
@@ -508,6 +601,8 @@ BAD_MODELS = {
     "config not JSON": ({}, [_write("config.json", "{")], ["config.json` must be JSON", "Copy the model directory again"]),
     "config a list": ({}, [_write("config.json", "[]")], ["must be one of llama, qwen2, qwen3", "`None`"]),
     "other family": ({"model_type": "gpt2"}, [], ["family must be one of llama, qwen2, qwen3", "`gpt2`", "Choose a model"]),
+    "no experts": ({"model_type": "mixtral"}, [], ["must give num_local_experts", "Copy"]),
+    "no expert size": ({**QWEN3_MOE, "moe_intermediate_size": None}, [], ["must give moe_intermediate_size"]),
     "no heads": ({"num_attention_heads": None}, [], ["must give num_attention_heads", "Copy"]),
     "quantised": ({"quantization_config": {"bits": 4}}, [], ["floating point", "quantised", "original weights"]),
     "no weights": ({}, [_drop("model.safetensors")], ["*.safetensors", "no weight file", "save_pretrained"]),
