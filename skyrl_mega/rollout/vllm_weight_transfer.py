@@ -11,8 +11,10 @@ Why it looks the way it does; each point is a way in which a swap silently break
   collects a layer's tensors, packs them when the layer is complete, and copies them over the old ones.
 - The layerwise reload keeps what it was given of an incomplete layer (weights whose bias comes in the next bucket). Those
   tensors view the shared buffer, which the next bucket overwrites, so they are copied out.
-- A layer that gets only part of its fused tensors would be packed with garbage in the rest. Such a version is refused
-  before anything is finalised.
+- A layer that gets only part of its fused tensors, or of its experts, would be packed with garbage in the rest. Such a
+  version is refused before anything is finalised.
+- On CPU vLLM packs the experts of a mixture only when it sets up their kernel, once; a reload would copy unpacked weights over
+  packed ones. Their kernel is set up anew with each version.
 - A tied LM head holds its own packed copy of the embedding on CPU, which no reload touches. It is repacked at the end.
 - Checksums are recomputed over what arrived, before the first tensor of a bucket is loaded.
 
@@ -31,6 +33,8 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -79,6 +83,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         self._reader = ShmBucketReader()
         self._session = UpdateSession()
+        self._expert_kernels: list[tuple[UnquantizedFusedMoEMethod, Any]] = []
         # Taken while every layer has its own tensors; a tied head shares the embedding's and is listed once.
         self._parameter_names = {name for name, _ in self.model.named_parameters()}
         embeddings = [m for m in self.model.modules() if isinstance(m, VocabParallelEmbedding)]
@@ -91,6 +96,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def start_weight_update(self) -> None:
         self._session = UpdateSession()
         initialize_layerwise_reload(self.model)
+        self._take_expert_kernels_away()
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         session = self._session
@@ -139,7 +145,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """
         session = self._session
         missing = sorted(self._parameter_names - session.loaded_parameters)
-        partial = [type(layer).__name__ for layer, _ in self._pending_layers() if isinstance(layer, LinearBase)]
+        partial = [type(layer).__name__ for layer, _ in self._pending_layers() if isinstance(layer, LinearBase | RoutedExperts)]
         if not session.error and partial:
             session.error = f"{len(partial)} layers got only part of a fused group ({', '.join(sorted(set(partial)))})"
         if not session.error and missing:
@@ -153,6 +159,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        self._give_unused_expert_kernels_back()
         self._repack_tied_heads()
 
     def abandon(self) -> bool:
@@ -160,9 +167,25 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         for _, reload in self._pending_layers():
             reload.load_numel = 0  # "nothing loaded": finalising puts the old tensors back instead of packing half a layer
         finalize_layerwise_reload(self.model, self.model_config)
+        self._give_unused_expert_kernels_back()
         if self._session.overwritten:
             self._repack_tied_heads()
         return self._session.overwritten
+
+    def _take_expert_kernels_away(self) -> None:
+        """So that each layer of experts, once complete, packs its weights and sets its kernel up as at the first load."""
+        if self.device.type != "cpu":
+            return
+        methods = [layer.quant_method for layer in self.model.modules() if isinstance(layer, RoutedExperts)]
+        unquantized = [method for method in methods if isinstance(method, UnquantizedFusedMoEMethod)]
+        self._expert_kernels = [(method, method.moe_kernel) for method in unquantized]
+        for method in unquantized:
+            method.moe_kernel = None
+
+    def _give_unused_expert_kernels_back(self) -> None:
+        """Layers of experts that did not complete serve their old weights with their old kernels."""
+        for method, kernel in self._expert_kernels:
+            method.moe_kernel = method.moe_kernel or kernel
 
     def _repack_tied_heads(self) -> None:
         if self.device.type == "cpu":
