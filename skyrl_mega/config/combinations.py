@@ -109,10 +109,10 @@ def _tensor_overlap_needs_sequence_parallel(config: Config, facts: Facts) -> Ite
 # ---- memory ---------------------------------------------------------------------------------------------------------------
 
 
-@rule("`model.recompute_modules` must name core_attn, mlp or both where `model.recompute=selective`")
+@rule("`model.recompute_modules` must name some of core_attn, mlp and moe where `model.recompute=selective`")
 def _selective_recompute_names_modules(config: Config, facts: Facts) -> Iterator[Finding]:
     modules = config.model.recompute_modules
-    if config.model.recompute == "selective" and (not modules or set(modules) - {"core_attn", "mlp"}):
+    if config.model.recompute == "selective" and (not modules or set(modules) - {"core_attn", "mlp", "moe"}):
         yield Finding(f"got {list(modules)}", "Set `model.recompute_modules=[core_attn]`, or `model.recompute=none`.")
 
 

@@ -48,7 +48,7 @@ class ModelConfig:
     )
     recompute_modules: tuple[str, ...] = opt(
         None,
-        "What recompute=selective recomputes in every layer: attention (core_attn), feed-forward (mlp).",
+        "What recompute=selective recomputes in every layer: attention (core_attn), feed-forward (mlp), experts (moe).",
         factory=lambda: ("core_attn",),
     )
     recompute_layers: int = opt(0, "How many layers of a stage recompute=full recomputes; 0: all.")

@@ -30,6 +30,7 @@ class SmallLayout:
         axes += [f"PP{p.pipeline}"] if p.pipeline > 1 else []
         axes += [f"VPP{p.virtual_pipeline}"] if p.virtual_pipeline > 1 else []
         axes += [f"CP{p.context}"] if p.context > 1 else []
+        axes += [f"EP{p.expert}"] if p.expert > 1 else []
         axes += [f"DP{self.data}" + ("+distopt" if p.distributed_optimizer else "")] if self.data > 1 else []
         return " x ".join(axes) or "one process"
 
@@ -63,6 +64,9 @@ def _cut(parallel: ParallelConfig, axes: frozenset[str]) -> SmallLayout:
         tensor=size("tensor"),
         pipeline=size("pipeline"),
         context=size("context"),
+        # Experts are laid over the ranks of the other axes. gloo can't split a single one.
+        expert=2 if parallel.expert > 1 and axes - {"pipeline"} else 1,
+        expert_tensor=1,
         virtual_pipeline=min(parallel.virtual_pipeline, 2) if "pipeline" in axes else 1,
         sequence_parallel=parallel.sequence_parallel and "tensor" in axes,
     )

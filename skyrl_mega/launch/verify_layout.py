@@ -76,7 +76,9 @@ def _check(config: Config, layout: SmallLayout, folder: Path, timeout_s: float) 
     from skyrl_mega.orchestration.layout_check import compare_results
 
     began = time.monotonic()
-    write_scaled_down(config.model.path, folder / "model", num_layers=max(2, layout.num_chunks), tensor=layout.parallel.tensor)
+    small = layout.parallel
+    num_layers = max(2, layout.num_chunks)
+    write_scaled_down(config.model.path, folder / "model", num_layers=num_layers, tensor=small.tensor, expert=small.expert)
     one = _run(config, SmallLayout(ParallelConfig(), 1), folder / "one", timeout_s)
     if isinstance(one, str):
         raise SkyRLMegaError(f"The small model does not train in one process, so there is nothing to compare with:\n{one}")

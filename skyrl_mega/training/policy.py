@@ -20,6 +20,7 @@ from skyrl_mega.algorithms.reductions import reduction_weights
 from skyrl_mega.data.context_shards import context_part
 from skyrl_mega.errors import ConfigError, NumericsError
 from skyrl_mega.training import optimizer as optim
+from skyrl_mega.training.expert_load import announce_tokens, expert_load_metrics
 from skyrl_mega.training.logprobs import head_logprobs, head_loss, to_device, whole
 from skyrl_mega.training.parking import ParkedState
 from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
@@ -120,12 +121,14 @@ class Policy:
         for ddp in self.ddps:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        announce_tokens(self.chunks, batch, self.topology)
         with self.topology.deadline("train"):
             outputs = run_schedule(self.ddps, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
         metrics = self.topology.from_last_stage(self._reduce(outputs) if outputs else None, phase="loss")
         if not math.isfinite(metrics["loss/total"]):
             parts = {name: value for name, value in metrics.items() if name.startswith("loss/")}
             raise NumericsError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
+        metrics |= expert_load_metrics(self.chunks, self.topology)
         if self._parked is not None:
             self._parked.fetch()
         with self.topology.deadline("update"):

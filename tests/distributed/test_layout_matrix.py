@@ -31,17 +31,24 @@ SETTINGS = [
 MODELS = {
     "llama": {"family": "llama", "tied": True, "num_hidden_layers": 4},
     "qwen3": {"family": "qwen3", "tied": False, "num_hidden_layers": 4},
+    # Of six experts two ranks hold three each.
+    "qwen3_moe": {"family": "qwen3_moe", "tied": False, "num_experts": 6},
+    "qwen2_moe": {"family": "qwen2_moe", "tied": True},
+    "mixtral": {"family": "mixtral", "tied": False},
+    # The first of two stages has no experts.
+    "half_dense": {"family": "qwen3_moe", "tied": False, "num_hidden_layers": 4, "mlp_only_layers": [0, 1]},
 }
 DENSE = ("llama", "qwen3")
 
 #: Layout -> (ranks, the models that run in it, overrides). Four ranks on two cores take their time: one model each.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], list[str]]] = {
     "tp2": (2, DENSE, ["parallel=tp2"]),
-    "tp2_sp": (2, DENSE, ["parallel=tp2_sp"]),
-    "pp2": (2, DENSE, ["parallel=pp2"]),
-    "pp2_vpp2": (2, DENSE, ["parallel=pp2_vpp2"]),
+    "tp2_sp": (2, (*DENSE, "qwen2_moe"), ["parallel=tp2_sp"]),  # experts whole beside split attention
+    "tp2_sp_plain": (2, ("mixtral",), ["parallel=tp2_sp", "parallel.distributed_optimizer=false"]),
+    "pp2": (2, (*DENSE, "half_dense"), ["parallel=pp2"]),
+    "pp2_vpp2": (2, (*DENSE, "half_dense"), ["parallel=pp2_vpp2"]),
     "dp2": (2, DENSE, ["parallel.distributed_optimizer=false"]),
-    "dp2_distopt": (2, DENSE, ["parallel=dp2"]),
+    "dp2_distopt": (2, (*DENSE, "qwen3_moe"), ["parallel=dp2"]),
     "dp2_overlap": (2, DENSE, ["parallel=dp2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
     "pp2_vpp2_overlap": (4, ("llama",), ["parallel=pp2_vpp2", "parallel.overlap_grad_reduce=true"]),
     "full_recompute": (2, ("llama",), ["parallel=tp2_sp", "model.recompute=full", "model.recompute_layers=2"]),
@@ -52,6 +59,18 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], list[str]]] = {
     ),
     "cp2": (2, DENSE, ["parallel=cp2"]),
     "cp2_whole_sequences": (2, ("llama",), ["parallel=cp2", "trainer.share_prompts=off"]),
+    "cp2_ep2": (2, ("qwen3_moe",), ["parallel=cp2", "parallel.expert=2"]),
+    "ep2": (2, ("qwen3_moe", "mixtral"), ["parallel=ep2"]),
+    "ep2_plain": (2, ("qwen2_moe",), ["parallel=ep2", "parallel.distributed_optimizer=false"]),
+    "ep2_tp2": (2, ("qwen2_moe",), ["parallel=ep2_tp2"]),
+    "ep2_overlap": (
+        2,
+        ("qwen3_moe",),
+        ["parallel=ep2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+    ),
+    "ep2_recompute": (2, ("qwen2_moe",), ["parallel=ep2", "model.recompute=selective", "model.recompute_modules=[mlp,moe]"]),
+    "ep2_pp2": (4, ("qwen3_moe",), ["parallel=ep2", "parallel.pipeline=2"]),
+    "ep2_tp2_dp2": (4, ("qwen2_moe",), ["parallel=ep2_tp2"]),
     "tp2_dp2": (4, ("llama",), ["parallel=tp2"]),
     "pp2_dp2": (4, ("llama",), ["parallel=pp2"]),
     "pp2_vpp2_dp2": (4, ("qwen3",), ["parallel=pp2_vpp2"]),

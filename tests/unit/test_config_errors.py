@@ -230,12 +230,12 @@ BAD_COMBINATIONS = {
     "recompute of nothing": (
         ["model.recompute=selective", "model.recompute_modules=[]"],
         1,
-        ["must name core_attn, mlp or both", "got []", "`model.recompute=none`"],
+        ["must name some of core_attn, mlp and moe", "got []", "`model.recompute=none`"],
     ),
     "recompute of something else": (
         ["model.recompute=selective", "model.recompute_modules=[moe_act]"],
         1,
-        ["must name core_attn, mlp or both", "['moe_act']"],
+        ["must name some of core_attn, mlp and moe", "['moe_act']"],
     ),
     "layers to recompute without recomputing": (
         ["model.recompute_layers=1"],

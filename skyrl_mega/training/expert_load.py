@@ -1,0 +1,66 @@
+"""How evenly the routers of a mixture of experts spread the tokens of an update: the first thing to look at in its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from skyrl_mega.models.build import unwrap
+from skyrl_mega.models.router import announce_batch, routers
+from skyrl_mega.types import Metrics, TrainBatch
+
+if TYPE_CHECKING:
+    from skyrl_mega.parallel.topology import Topology
+
+
+def announce_tokens(chunks: Sequence[torch.nn.Module], batch: TrainBatch, topology: Topology) -> None:
+    """Tells the routers how many tokens the global batch has, which their auxiliary loss is weighed by. *All ranks.*
+
+    Nothing to do, and nothing sent, without an auxiliary loss.
+    """
+    if not any(router.is_aux_loss_enabled() for router in routers(chunks)):
+        return
+    # As the model pads them: to a multiple of the tensor ranks.
+    padded = sum(-(-micro_batch.num_tokens // topology.tp_size) * topology.tp_size for micro_batch in batch.micro_batches)
+    announce_batch(chunks, round(topology.all_reduce_metrics({"tokens": padded}, phase="tokens")["tokens"] / topology.cp_size))
+
+
+def expert_load_metrics(chunks: Sequence[torch.nn.Module], topology: Topology) -> Metrics:
+    """Numbers of the update just made, over all its tokens (padding too) and layers, the same on every rank. *All ranks.*
+
+    Empty for a dense model. `chunks` are this rank's parts of the policy.
+
+    - `moe/load_max_over_mean`: tokens of the busiest expert over the mean, averaged over layers; 1 is even, the number of experts
+      divided by the experts per token the worst.
+    - `moe/load_max_over_mean_worst_layer`: of the least even layer.
+    - `moe/rank_load_max_over_mean`: the same of expert-parallel ranks, averaged over layers: what the slowest rank costs.
+    - `moe/idle_experts`: share of the experts that got no token at all.
+    - `moe/router_entropy`: nats, of the routers' distribution over all experts.
+    - `moe/aux_loss`: load-balancing loss before its coefficient, summed over layers (1 a layer when even); 0 if it is off.
+    """
+    experts = unwrap(chunks[0]).architecture.experts
+    if experts is None:
+        return {}
+    num_layers, num_experts = len(experts.layers), experts.count
+    # One row a layer: tokens of each expert, tokens, entropy, auxiliary loss. Each rank knows its stage's layers, its own tokens.
+    rows = torch.zeros(num_layers, num_experts + 3, dtype=torch.float64)
+    for router in routers(chunks):
+        counts = router.take_counts()
+        if counts is not None:
+            rows[counts.layer, :num_experts] += counts.tokens_E
+            rows[counts.layer, num_experts:] += torch.tensor([counts.num_tokens, counts.entropy, counts.aux_loss])
+    rows = topology.sum_over_ranks(rows, "expert load")
+    rows = rows[rows[:, num_experts] > 0]
+    load_LE, (num_tokens_L, entropy_L, aux_loss_L) = rows[:, :num_experts], rows[:, num_experts:].unbind(1)
+    unevenness_L = load_LE.amax(1) / load_LE.mean(1)
+    load_LR = load_LE.unflatten(1, (topology.ep_size, -1)).sum(2)
+    return {
+        "moe/load_max_over_mean": float(unevenness_L.mean()),
+        "moe/load_max_over_mean_worst_layer": float(unevenness_L.max()),
+        "moe/rank_load_max_over_mean": float((load_LR.amax(1) / load_LR.mean(1)).mean()),
+        "moe/idle_experts": float((load_LE == 0).double().mean()),
+        "moe/router_entropy": float((entropy_L / num_tokens_L).mean()),
+        "moe/aux_loss": float((aux_loss_L / num_tokens_L).sum()),
+    }

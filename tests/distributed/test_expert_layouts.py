@@ -1,0 +1,100 @@
+"""Expert load is counted once in every layout, a balancing loss splits, and padding is harmless.
+
+That expert parallelism changes nothing else is in `test_layout_matrix`.
+"""
+
+import os
+
+import pytest
+import torch
+
+from helpers.policy import make_policy, tiny_config
+from helpers.spawn import free_port, run_ranks
+from skyrl_mega.config.load import load_config
+from skyrl_mega.data.packing import balance_and_pack
+from skyrl_mega.data.synthetic import random_samples
+
+SETTINGS = ["optimizer.lr=1e-3", "optimizer.eps=1e-4"]
+BALANCED = "model.moe_aux_loss_coef=0.05"
+#: With one data-parallel rank the micro-batches are those of one process. Of six experts two ranks hold three each.
+MODELS = {
+    "balanced": ({"num_experts": 6}, ["parallel=ep2_tp2", BALANCED]),
+    "half_dense": ({"mlp_only_layers": [0], "norm_topk_prob": False}, ["parallel=pp2"]),
+}
+
+
+def two_updates(config, pad_to_multiple: int = 2) -> dict:
+    """Metrics of two updates on samples of uneven lengths, and the weights after them."""
+    with make_policy(config) as policy:
+        topology, updates = policy.topology, []
+        for seed in (1, 2):
+            batch = balance_and_pack(
+                random_samples(5, 3, seed=seed),
+                tokens_per_micro_batch=64,
+                dp_rank=topology.dp_rank,
+                dp_size=topology.dp_size,
+                skip_zero_advantage=False,
+                share_prompts=True,
+                pad_to_multiple=pad_to_multiple,
+            )
+            updates.append(policy.train_step(batch))
+        weights = {name: value.clone() for name, value in policy.iter_weights(torch.float32)}
+    return {"updates": updates, "weights": weights}
+
+
+def on_rank(rank: int, configs: dict, ports: list[int]) -> dict:
+    results = {}
+    for (name, config), port in zip(configs.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the layout before
+        results[name] = two_updates(config)
+    return results
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> dict:
+    return {
+        name: tiny_config(tmp_path_factory.mktemp(name), family="qwen3_moe", tied=False, **shape).model.path
+        for name, (shape, _) in MODELS.items()
+    }
+
+
+def config_of(path: str, *overrides: str):
+    return load_config(["recipe=tiny", f"model.path={path}", "trainer.run_dir=runs/unused", *SETTINGS, *overrides])
+
+
+@pytest.fixture(scope="module")
+def single(paths) -> dict:
+    return {name: two_updates(config_of(path, *[BALANCED] * (name == "balanced"))) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def sharded(paths) -> list[dict]:
+    configs = {name: config_of(path, *MODELS[name][1]) for name, path in paths.items()}
+    return run_ranks(on_rank, 2, configs, [free_port() for _ in configs])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_load_and_balancing_loss_are_those_of_one_process(single, sharded, model):
+    for results in sharded:
+        for update, reference in zip(results[model]["updates"], single[model]["updates"], strict=True):
+            for name in ("load_max_over_mean", "load_max_over_mean_worst_layer", "idle_experts", "router_entropy", "aux_loss"):
+                assert update[f"moe/{name}"] == pytest.approx(reference[f"moe/{name}"], rel=1e-5), name
+            assert update["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
+        for name, value in results[model]["weights"].items():
+            difference = (value - single[model]["weights"][name]).abs()
+            assert difference.max() < 5e-5, name  # a twentieth of the learning rate
+    assert all(update["moe/aux_loss"] > 2 * 0.99 for update in single["balanced"]["updates"])
+    assert all(update["moe/aux_loss"] == 0 for update in single["half_dense"]["updates"])
+    assert 1 < sharded[0]["balanced"]["updates"][0]["moe/rank_load_max_over_mean"] <= 2
+
+
+def test_padding_tokens_are_routed_and_change_nothing(paths, single):
+    """Padding fills the experts with tokens that the loss never sees; none is dropped to make room."""
+    expected = single["half_dense"]
+    result = two_updates(config_of(paths["half_dense"]), pad_to_multiple=16)
+    assert result["updates"][0]["packing/padding_fraction"] > expected["updates"][0]["packing/padding_fraction"] + 0.05
+    for update, reference in zip(result["updates"], expected["updates"], strict=True):
+        assert update["loss/total"] == pytest.approx(reference["loss/total"], abs=1e-6)
+        assert update["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
+    for name, value in result["weights"].items():
+        assert (value - expected["weights"][name]).abs().max() < 5e-5, name
