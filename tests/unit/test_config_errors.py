@@ -59,7 +59,10 @@ BAD_OVERRIDES = {
         ["recipe=quikstart"],
         ["`recipe` must be one of gsm8k, quickstart, tiny", "got `quikstart`", "`recipe=quickstart`?"],
     ),
-    "option unlike any": (["parallel=zzzzzz"], ["`parallel` must be one of cp2, cp2_tp2, dp2", "got `zzzzzz`", "Give one of these"]),
+    "option unlike any": (
+        ["parallel=zzzzzz"],
+        ["`parallel` must be one of cp2, cp2_tp2, dp2", "got `zzzzzz`", "Give one of these"],
+    ),
     "unknown group": (
         ["recip=quickstart"],
         ["`recip` is not a group", "got `recip=quickstart`", "`recipe` (gsm8k, quickstart, tiny)"],
