@@ -6,14 +6,13 @@ the parts it needs. Random states belong to a layout and are restored only into 
 
 from __future__ import annotations
 
-import ctypes
+import pickle
 import random
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl_mega.checkpoint import store
+from skyrl_mega.checkpoint.files import stored_keys
 from skyrl_mega.errors import CheckpointError
 from skyrl_mega.types import TrainState
 
@@ -24,39 +23,40 @@ if TYPE_CHECKING:
     from skyrl_mega.parallel.topology import Topology
 
 
+#: What a float32 master is called; the second by Megatron's optimizer that is not distributed, in older checkpoints.
+_MASTER, _MASTER_OF_REPLICATED = "optimizer.state.param.", "optimizer.state.fp32_param."
+
+
 class Checkpointed(Protocol):
     """What is saved: `training.Policy`, as far as a checkpoint sees it. Every method: *all ranks*."""
 
-    def sharded_state(self, *, loading: bool) -> dict[str, Any]: ...
+    def sharded_state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any], *, num_updates: int) -> None: ...
 
 
 def save(run_dir: str, policy: Checkpointed, state: TrainState, topology: Topology, *, keep_last: int) -> Path:
-    """Writes a complete checkpoint and returns its directory. All ranks call; nothing counts until the final rename."""
-    from megatron.core import dist_checkpointing
+    """Writes a complete checkpoint at once and returns its directory. All ranks call. Raises CheckpointError."""
+    from skyrl_mega.checkpoint.saver import Checkpointer
 
-    temporary = topology.broadcast_object(
-        store.begin(run_dir, state.step) if topology.rank == 0 else None, phase="checkpoint/begin"
-    )
-    _tie_writer_to_this_process()
-    dist_checkpointing.save(_sharded_state(policy, topology, loading=False), str(temporary), _save_strategy())
-    topology.barrier("checkpoint/written")
-    final = store.commit(temporary, state, layout(topology), keep_last) if topology.rank == 0 else None
-    return topology.broadcast_object(final, phase="checkpoint/commit")
+    return Checkpointer(run_dir, topology, store.Retention(keep_last), asynchronous=False).save(policy, state)
 
 
 def load(path: Path, policy: Checkpointed, topology: Topology) -> TrainState:
     """Restores model, optimizer and (for the same layout) random state from `path`; returns the run's state. All ranks call."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     state, saved_layout = store.read_state(path)
-    same_layout = saved_layout == layout(topology)
-    wanted = _sharded_state(policy, topology, loading=True, with_rng=same_layout)
+    same_layout = {"context": 1, **saved_layout} == layout(topology)
     try:
+        wanted = sharded_state(policy, topology, with_rng=same_layout)
+        _adapt_to(stored_keys(path), wanted)
+        # Apart, because a master may be read from the same stored tensor as the weight.
+        dist_checkpointing.load({"optimizer": wanted.pop("optimizer")}, str(path))
         loaded = dist_checkpointing.load(wanted, str(path))
-    except (CheckpointingException, OSError) as error:
+    except (CheckpointingException, CheckpointException, OSError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"checkpoint {path} can't be loaded: {error}. Remove it to use an older one.") from error
     policy.load_state(loaded, num_updates=state.num_optimizer_steps)
     if same_layout:
@@ -65,67 +65,55 @@ def load(path: Path, policy: Checkpointed, topology: Topology) -> TrainState:
 
 
 def load_model(path: Path, chunks: Sequence[PolicyModel]) -> None:
-    """Restores only the model's weights (for export and evaluation). All ranks call."""
+    """Restores only the model's weights (for export and evaluation). All ranks call. Raises CheckpointError."""
     from megatron.core import dist_checkpointing
 
     from skyrl_mega.models.build import load_state, sharded_state
 
-    store.read_state(path)
+    store.require_whole(path)
     loaded = dist_checkpointing.load({"model": sharded_state(chunks)}, str(path))
     load_state(chunks, loaded["model"])
 
 
 def layout(topology: Topology) -> dict[str, int]:
     """The sizes that random states depend on."""
-    return {"tensor": topology.tp_size, "pipeline": topology.pp_size, "data": topology.dp_size}
+    return {"tensor": topology.tp_size, "pipeline": topology.pp_size, "data": topology.dp_size, "context": topology.cp_size}
 
 
-def _sharded_state(policy: Checkpointed, topology: Topology, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+def sharded_state(policy: Checkpointed, topology: Topology, *, with_rng: bool = True) -> dict[str, Any]:
+    """Everything that a checkpoint holds in tensors and objects, as Megatron's sharded state; tensors are not copied."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    state = policy.sharded_state(loading=loading)
+    state = policy.sharded_state()
     if with_rng:
+        group = topology.dp_cp_group
         state["rng"] = ShardedObject(
             "rng",
             _rng_state(),
-            (topology.pp_size, topology.tp_size, topology.dp_size),
-            (topology.pp_rank, topology.tp_rank, topology.dp_rank),
+            (topology.pp_size, topology.tp_size, group.size()),
+            (topology.pp_rank, topology.tp_rank, group.rank()),
             replica_id=0,
         )
     return state
 
 
-def _save_strategy() -> Any:
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+def _adapt_to(stored: set[str], wanted: dict[str, Any]) -> None:
+    """Names float32 weights by what the checkpoint calls them: the precision of a run may change between its parts.
 
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), group, True)
-
-
-def _tie_writer_to_this_process() -> None:
-    """Makes the process that holds the writer's queue end with this one.
-
-    Megatron starts it at the first save and never ends it itself: a rank that is killed would leave it behind for good, with
-    the rank's output open, so that whoever reads that waits forever.
+    A float32 model is its own master and has no `optimizer.state.param`; a bfloat16 model has. So a master is read from the
+    model's tensor where there is no stored master, and a float32 weight from the stored master where there is one.
     """
-    import multiprocessing
-    from multiprocessing.managers import SyncManager
+    import torch
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
-
-
-def end_with_parent() -> None:
-    """Called in a child process: it is killed when its parent ends, however that ends (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for entry in nested_values(wanted):
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or entry.data.dtype != torch.float32:
+            continue
+        name = entry.key.removeprefix(_MASTER)
+        masters = [key for key in (_MASTER + name, _MASTER_OF_REPLICATED + name) if key in stored]
+        if entry.key.startswith(_MASTER) or not entry.key.startswith("optimizer."):
+            entry.key = masters[0] if masters else name
 
 
 def _rng_state() -> dict[str, Any]:

@@ -313,6 +313,26 @@ def _synchronous_only(config: Config, facts: Facts) -> Iterator[Finding]:
         yield Finding(f"got {config.trainer.max_staleness}", "Set `trainer.max_staleness=0`.")
 
 
+@rule("`checkpoint.keep_best` goes by a metric of the steps that are saved; `eval/...` exists only where those are evaluated")
+def _best_checkpoints_are_evaluated(config: Config, facts: Facts) -> Iterator[Finding]:
+    saving, evaluation = config.checkpoint, config.evaluation
+    if saving.keep_best == 0 or saving.interval_steps == 0 or not saving.best_metric.startswith("eval/"):
+        return
+    if evaluation.num_prompts == 0:
+        yield Finding(
+            f"`checkpoint.keep_best` is {saving.keep_best} by `{saving.best_metric}`, and `evaluation.num_prompts` is 0",
+            "Set `evaluation.num_prompts=128`, or another `checkpoint.best_metric`, as reward/mean.",
+        )
+    elif evaluation.interval_steps == 0 or saving.interval_steps % evaluation.interval_steps:
+        every = evaluation.interval_steps or config.trainer.max_steps
+        yield Finding(
+            f"saved every {saving.interval_steps} steps, evaluated every {every}: "
+            "a checkpoint of a step that is not evaluated can't be the best",
+            f"Set `evaluation.interval_steps={saving.interval_steps}`.",
+            is_warning=True,
+        )
+
+
 # ---- lengths --------------------------------------------------------------------------------------------------------------
 
 

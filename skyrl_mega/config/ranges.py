@@ -74,6 +74,8 @@ RANGES: dict[str, Range] = {
     "evaluation.num_prompts": _AT_LEAST_0,
     "checkpoint.interval_steps": _AT_LEAST_0,
     "checkpoint.keep_last": _AT_LEAST_1,
+    "checkpoint.keep_best": _AT_LEAST_0,
+    "checkpoint.timeout_s": _ABOVE_0,
     "trainer.prompts_per_step": _AT_LEAST_1,
     "trainer.samples_per_prompt": _AT_LEAST_1,
     "trainer.updates_per_step": _AT_LEAST_1,

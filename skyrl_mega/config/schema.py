@@ -199,9 +199,19 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     interval_steps: int = opt(50, "Save every so many steps, and after the last; 0: never.")
+    asynchronous: bool = opt(True, "Write beside the next steps, from a copy in host memory; false: write in place, no copy.")
     keep_last: int = opt(2, "Checkpoints kept, newest first.")
+    keep_best: int = opt(0, "Further checkpoints kept: the best by best_metric; 0: none.")
+    best_metric: str = opt("eval/accuracy", "Metric of the step, as in metrics.jsonl, that keep_best goes by.")
+    best_is: Literal["higher", "lower"] = opt("higher", "Which values of best_metric are better.")
+    verify: Literal["sizes", "checksums"] = opt(
+        "checksums", "What is checked before a checkpoint is resumed; checksums read every file once, shared by the ranks."
+    )
+    timeout_s: float = opt(1800.0, "Deadline of every wait for a save in flight.")
     resume: Literal["auto", "never", "must"] = opt(
-        "auto", "auto: continue the run directory's newest complete checkpoint if there is one; never: refuse a used directory."
+        "auto",
+        "auto: continue the run directory's newest whole checkpoint, if there is one; must: the newest, or an error; never: "
+        "refuse a used directory.",
     )
     export_hf: bool = opt(True, "Write the final policy as a Hugging Face directory.")
 

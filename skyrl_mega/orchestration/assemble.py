@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_mega.checkpoint import store
+from skyrl_mega.checkpoint.resume import checkpoint_to_resume
+from skyrl_mega.checkpoint.saver import Checkpointer
 from skyrl_mega.config.load import load_saved, save_resolved
 from skyrl_mega.config.schema import Config, as_dict
 from skyrl_mega.orchestration.recorder import Recorder
@@ -32,14 +34,15 @@ def run_training(config: Config) -> dict[str, Any]:
     """
     began = time.perf_counter()
     run_dir = Path(config.trainer.run_dir)
-    checkpoint = _checkpoint_to_resume(config)
-    start_step = store.read_state(checkpoint)[0].step if checkpoint is not None else 0
     with ExitStack() as stack:
         topology = join_ranks(config, stack)
+        notes: list[str] = []
+        checkpoint = checkpoint_to_resume(config.trainer.run_dir, config.checkpoint, topology, warn=notes.append)
+        start_step = store.read_state(checkpoint)[0].step if checkpoint is not None else 0
         recorder = Recorder(config, rank=topology.rank, start_step=start_step, on_phase=topology.enter)
         stack.callback(recorder.close)
         if topology.rank == 0:
-            for line in _save_config(config, run_dir):
+            for line in [*notes, *_save_config(config, run_dir)]:
                 recorder.note(line)
         # Without a summary the last run died between its last checkpoint and its end: what is missing is made up for below.
         if start_step >= config.trainer.max_steps and (run_dir / SUMMARY_FILE).is_file():
@@ -120,6 +123,7 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
         policy=policy,
         reference=reference,
         recorder=recorder,
+        checkpointer=_make_checkpointer(config, topology, recorder, stack),
         state=TrainState(0, 0, {}, num_trained_groups=0, num_optimizer_steps=0),
         engine_dtype=getattr(torch, config.rollout.dtype),
         share_prompts=shares_prompts(config, policy),
@@ -138,6 +142,22 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
     if parts.state.policy_version > 0:
         push_weights(parts, parts.state.policy_version)
     return parts
+
+
+def _make_checkpointer(config: Config, topology: Topology, recorder: Recorder, stack: ExitStack) -> Checkpointer:
+    """The run's checkpointer; however the run ends, a save in flight is completed first."""
+    settings = config.checkpoint
+    retention = store.Retention(settings.keep_last, settings.keep_best, settings.best_metric, settings.best_is)
+    checkpointer = Checkpointer(
+        config.trainer.run_dir,
+        topology,
+        retention,
+        asynchronous=settings.asynchronous,
+        timeout_s=settings.timeout_s,
+        note=recorder.note,
+    )
+    stack.callback(checkpointer.close)
+    return checkpointer
 
 
 def shares_prompts(config: Config, policy: Policy) -> bool:
@@ -201,16 +221,6 @@ def _make_producer(config: Config, source: PromptSource, engine: RolloutEngine) 
         seed=config.trainer.seed,
     )
     return Producer(source, runner, TrajectoryBuffer(config.trainer.max_staleness), config.trainer)
-
-
-def _checkpoint_to_resume(config: Config) -> Path | None:
-    """The newest complete checkpoint of the run directory, as `checkpoint.resume` says."""
-    mode, run_dir = config.checkpoint.resume, config.trainer.run_dir
-    if mode == "never":
-        return None
-    if mode == "auto" and not store.list_checkpoints(run_dir):
-        return None
-    return store.find_checkpoint(run_dir)
 
 
 def _save_config(config: Config, run_dir: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from skyrl_mega.agents.stats import rollout_metrics
 from skyrl_mega.algorithms.advantages import compute_advantages
-from skyrl_mega.checkpoint import state as checkpoint
+from skyrl_mega.checkpoint.saver import Checkpointer
 from skyrl_mega.config.schema import Config
 from skyrl_mega.data.packing import balance_and_pack, split_updates, to_samples
 from skyrl_mega.orchestration.probe import probe_engine
@@ -41,6 +41,7 @@ class Parts:
     policy: Policy
     reference: ReferenceModel | None
     recorder: Recorder
+    checkpointer: Checkpointer
     state: TrainState
     engine_dtype: torch.dtype
     share_prompts: bool
@@ -73,11 +74,12 @@ def train(parts: Parts) -> TrainState:
             with recorder.phase("probe"):
                 metrics |= probe_engine(parts.policy, parts.engine, groups, config, parts.topology)
         parts.state = advance(parts, step, groups)
-        metrics |= evaluate(parts, step)
+        metrics |= evaluate(parts, step) | parts.checkpointer.poll()
         # The line is written before the checkpoint: a run killed in between repeats the step and rewrites the line.
         recorder.record(step, metrics, samples=samples, version=version)
         with recorder.phase("checkpoint"):
-            maybe_save(parts, step)
+            maybe_save(parts, step, metrics)
+    parts.checkpointer.finish()
     return parts.state
 
 
@@ -146,12 +148,11 @@ def advance(parts: Parts, step: int, groups: list[TrajectoryGroup]) -> TrainStat
     )
 
 
-def maybe_save(parts: Parts, step: int) -> None:
-    """A checkpoint every `checkpoint.interval_steps` and after the last step."""
-    settings = parts.config.checkpoint
-    if settings.interval_steps == 0 or (step % settings.interval_steps and step != parts.config.trainer.max_steps):
-        return
-    checkpoint.save(parts.config.trainer.run_dir, parts.policy, parts.state, parts.topology, keep_last=settings.keep_last)
+def maybe_save(parts: Parts, step: int, metrics: Metrics) -> None:
+    """Begins a checkpoint every `checkpoint.interval_steps` and after the last step."""
+    interval = parts.config.checkpoint.interval_steps
+    if interval and (step % interval == 0 or step == parts.config.trainer.max_steps):
+        parts.checkpointer.save(parts.policy, parts.state, metrics)
 
 
 def mean_metrics(updates: list[Metrics]) -> Metrics:

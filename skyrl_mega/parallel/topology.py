@@ -119,6 +119,13 @@ class Topology:
             dist.broadcast_object_list(box, src=0, group=self.control_group, device=torch.device("cpu"))
         return box[0]
 
+    def gather_objects(self, obj: Any, phase: str, step: int | None = None) -> list[Any]:
+        """Every rank's object, in the order of the ranks, on every rank. *All ranks.* They must pickle. Raises DeadlineError."""
+        objects: list[Any] = [None] * self.world_size
+        with self.deadline(phase, step):
+            dist.all_gather_object(objects, obj, group=self.control_group)
+        return objects
+
     def from_last_stage(self, obj: Any, phase: str) -> Any:
         """The object of this pipeline's last stage, on all its stages (`obj` of the others is ignored). *All ranks.*
 

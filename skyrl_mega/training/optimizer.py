@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from skyrl_mega.config.schema import OptimizerConfig
 from skyrl_mega.errors import NumericsError
+from skyrl_mega.training.optimizer_state import sharded_tensors
 
 if TYPE_CHECKING:
     import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
 
@@ -78,48 +80,25 @@ def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
     return [part for part in inner if isinstance(part, torch.optim.AdamW)]
 
 
-#: Moments are stored per parameter, so that any layout can load them.
-_CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> list[ShardedTensor]:
+    """The optimizer's part of a Megatron dist checkpoint: views of its memory, which loading fills. All ranks call."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None and not part.optimizer.state:
+            # TransformerEngine's and Apex's optimizers allocate at their first step.
+            part.load_state_dict(part.state_dict())
+    return sharded_tensors(optimizer, model_state)
 
 
-def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-    """The optimizer's part of a Megatron dist checkpoint. All ranks call."""
-    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=_CHECKPOINT_FORMAT)
-
-
-def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Restores what `sharded_state` described, once it is loaded.
-
-    `DistributedOptimizer` copies every entry of a parameter's state from the checkpoint, and torch's AdamW, unlike the fused
-    Adams it was written for, keeps its step count there; the checkpoint holds that count once, in the parameter groups. So
-    the count is out of the way while a parameter's moments are copied.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    inner = torch_optimizers(optimizer)
-    patched = [
-        part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer) and part.optimizer in inner
-    ]
-    for part in patched:
-
-        def set_states(model_param: torch.Tensor, tensors: dict, part: DistributedOptimizer = part) -> None:
-            group, order = part.model_param_group_index_map[model_param]
-            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-            count = state.pop("step")
-            type(part)._set_main_param_and_optimizer_states(part, model_param, tensors)
-            state["step"] = count
-
-        part._set_main_param_and_optimizer_states = set_states
-    try:
-        optimizer.load_state_dict(state)
-    finally:
-        for part in patched:
-            del part._set_main_param_and_optimizer_states
-    for adamw in inner:
-        for state_of_one in adamw.state.values():
-            # Megatron gives all parameters one and the same step tensor; AdamW adds 1 to it for each of them.
-            state_of_one["step"] = state_of_one["step"].clone()
-    _use_fused_kernel(inner)
+def set_num_steps(optimizer: MegatronOptimizer, num_steps: int) -> None:
+    """Sets AdamW's own count of steps, which corrects the moments' bias, once a checkpoint has filled the moments."""
+    counts_per_parameter = torch_optimizers(optimizer)
+    for part in optimizer.chained_optimizers:
+        if part.optimizer in counts_per_parameter:
+            for state in part.optimizer.state.values():
+                state["step"].fill_(num_steps)
+        elif part.optimizer is not None:
+            for group in part.optimizer.param_groups:
+                group["step"] = num_steps
 
 
 def step(optimizer: MegatronOptimizer, config: OptimizerConfig, update: int) -> tuple[float, float]:

@@ -219,22 +219,22 @@ class Policy:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
-    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Model and optimizer as a Megatron dist checkpoint holds them."""
+    def sharded_state(self) -> dict[str, Any]:
+        """Model and optimizer as a Megatron dist checkpoint holds them: views of their memory, which loading fills."""
         from skyrl_mega.models.build import sharded_state
 
         self._complete_weights()
         if self._parked is not None:
             self._parked.fetch()
         model_state = sharded_state(self.chunks)
-        return {"model": model_state, "optimizer": optim.sharded_state(self.optimizer, model_state, loading=loading)}
+        return {"model": model_state, "optimizer": optim.sharded_state(self.optimizer, model_state)}
 
     def load_state(self, state: dict[str, Any], *, num_updates: int) -> None:
-        """Restores what `sharded_state(loading=True)` described, once it is loaded."""
+        """Completes what loading into `sharded_state` began."""
         from skyrl_mega.models.build import load_state
 
         load_state(self.chunks, state["model"])
-        optim.load_state(self.optimizer, state["optimizer"])
+        optim.set_num_steps(self.optimizer, num_updates)
         self.num_updates = num_updates
 
     # -- weights (protocols.WeightSource) -------------------------------------------------------------------------------
