@@ -9,10 +9,10 @@ from skyrl_mega.errors import CheckpointError
 
 
 def export_run(run_dir: str, checkpoint: str, output: str) -> Path:
-    """Writes `checkpoint` (latest, a step or a path) of `run_dir` to the directory `output`; needs no GPU and no engine.
+    """Writes `checkpoint` (latest, best, a step or a path) of `run_dir` to the directory `output`; needs no GPU and no engine.
 
     The layout is the caller's (one process: whole model), not the one that trained. Raises CheckpointError if the run or the
-    checkpoint is not there, or if `output` exists.
+    checkpoint is not there or damaged, or if `output` exists.
     """
     from skyrl_mega.config.load import load_saved
 

@@ -54,7 +54,7 @@ def load(path: Path, policy: Checkpointed, topology: Topology) -> TrainState:
         wanted = sharded_state(policy, topology, with_rng=same_layout)
         _adapt_to(stored_keys(path), wanted)
         # Apart, because a master may be read from the same stored tensor as the weight.
-        dist_checkpointing.load({"optimizer": wanted.pop("optimizer")}, str(path))
+        dist_checkpointing.load({"optimizer_state": wanted.pop("optimizer_state")}, str(path))
         loaded = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, CheckpointException, OSError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"checkpoint {path} can't be loaded: {error}. Remove it to use an older one.") from error

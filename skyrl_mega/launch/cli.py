@@ -1,7 +1,7 @@
 """The command line: `skyrl-mega COMMAND`. Answers `--help` without importing anything heavy.
 
-Exit codes: 0 done, 1 the doctor found what prevents a run, or a replay or a layout differs from what it is compared with, 2 an
-error whose message says the remedy, 130 interrupted.
+Exit codes: 0 done, 1 the doctor found what prevents a run, a checkpoint is damaged, or a replay or a layout differs from what it
+is compared with, 2 an error whose message says the remedy, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ All settings, groups and recipes: docs/configuration.md."""
 _EVAL_EPILOG = """examples:
   skyrl-mega eval recipe=quickstart                        the model as it came
   skyrl-mega eval recipe=quickstart --checkpoint latest    the newest checkpoint of trainer.run_dir"""
-_EXPORT_EPILOG = """example:
-  skyrl-mega export --run runs/quickstart --output my-model"""
+_EXPORT_EPILOG = """examples:
+  skyrl-mega export --run runs/quickstart --output my-model
+  skyrl-mega export --run runs/quickstart --checkpoint best --output my-model"""
+_CHECKPOINTS_EPILOG = """examples:
+  skyrl-mega checkpoints runs/quickstart
+  skyrl-mega checkpoints runs/quickstart --verify checksums    reads every file
+
+Exit code 1: a checkpoint is damaged. What is kept, and how to choose: docs/howto/checkpoints.md."""
 _REPLAY_EPILOG = """examples:
   skyrl-mega replay runs/quickstart 812
   skyrl-mega replay runs/quickstart 812 precision=float32 trainer.device=cpu
@@ -103,13 +109,22 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add("eval", _eval, "Greedy accuracy of a model or checkpoint on held-out prompts.", _EVAL_EPILOG)
     _add_config_arguments(evaluate)
-    evaluate.add_argument("--checkpoint", metavar="DIR|latest", help="weights to evaluate; without it, those of model.path")
+    evaluate.add_argument(
+        "--checkpoint", metavar="DIR|STEP|latest|best", help="weights to evaluate; without it, those of model.path"
+    )
     evaluate.add_argument("--num-prompts", type=int, metavar="N", help="same as evaluation.num_prompts=N")
 
     export = add("export", _export, "Write a checkpoint as a Hugging Face model directory.", _EXPORT_EPILOG)
     export.add_argument("--run", required=True, type=Path, metavar="DIR", help="the run's directory")
-    export.add_argument("--checkpoint", default="latest", metavar="DIR|latest", help="which checkpoint; default: %(default)s")
+    export.add_argument(
+        "--checkpoint", default="latest", metavar="DIR|STEP|latest|best", help="which checkpoint; default: %(default)s"
+    )
     export.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the model directory is written")
+
+    checkpoints = add("checkpoints", _checkpoints, "What a run has kept, and whether it is whole.", _CHECKPOINTS_EPILOG)
+    checkpoints.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
+    checkpoints.add_argument("--verify", choices=("sizes", "checksums"), default="sizes", help="default: %(default)s")
+    checkpoints.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     replay = add("replay", _replay, "Compute a recorded step again, in any layout, and compare.", _REPLAY_EPILOG)
     replay.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
@@ -176,6 +191,14 @@ def _export(arguments: argparse.Namespace) -> int:
     export_run(str(arguments.run), arguments.checkpoint, str(arguments.output))
     _say(f"wrote {arguments.output}", stream=sys.stdout)
     return 0
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    if not arguments.run.is_dir():
+        raise ConfigError(f"RUN must be the directory of a run; got `{arguments.run}`. Give what `trainer.run_dir` was.")
+    from skyrl_mega.launch.checkpoints import run_checkpoints
+
+    return run_checkpoints(arguments.run, verify=arguments.verify, as_json=arguments.json)
 
 
 def _replay(arguments: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ def run_training(config: Config) -> dict[str, Any]:
 def run_evaluation(config: Config, *, checkpoint: str | None = None) -> Metrics:
     """Greedy accuracy on the held-out prompts, of the model at `model.path` or of a checkpoint of the run. One process.
 
-    `checkpoint`: latest, a step, or a path. Prints and returns the numbers.
+    `checkpoint`: latest, best, a step, or a path. Prints and returns the numbers.
     """
     from skyrl_mega.weights.publish import publish
 
@@ -123,10 +123,10 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
         policy=policy,
         reference=reference,
         recorder=recorder,
-        checkpointer=_make_checkpointer(config, topology, recorder, stack),
         state=TrainState(0, 0, {}, num_trained_groups=0, num_optimizer_steps=0),
         engine_dtype=getattr(torch, config.rollout.dtype),
         share_prompts=shares_prompts(config, policy),
+        checkpointer=_make_checkpointer(config, topology, recorder, stack),
     )
     if checkpoint is not None:
         with recorder.status(f"resuming from {checkpoint}"):

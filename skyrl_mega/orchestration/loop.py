@@ -41,10 +41,10 @@ class Parts:
     policy: Policy
     reference: ReferenceModel | None
     recorder: Recorder
-    checkpointer: Checkpointer
     state: TrainState
     engine_dtype: torch.dtype
     share_prompts: bool
+    checkpointer: Checkpointer
     producer: Producer | None = None
     engine: RolloutEngine | None = None
     sink: WeightSink | None = None

@@ -227,7 +227,7 @@ class Policy:
         if self._parked is not None:
             self._parked.fetch()
         model_state = sharded_state(self.chunks)
-        return {"model": model_state, "optimizer": optim.sharded_state(self.optimizer, model_state)}
+        return {"model": model_state, "optimizer_state": optim.sharded_state(self.optimizer, model_state)}
 
     def load_state(self, state: dict[str, Any], *, num_updates: int) -> None:
         """Completes what loading into `sharded_state` began."""

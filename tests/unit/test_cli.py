@@ -65,7 +65,7 @@ def python(*arguments: str, code: str = "", **environment: str):
 # ---- answers at once ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "export", "replay", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "checkpoints", "export", "replay", "doctor"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys, atexit\n"

@@ -9,6 +9,8 @@ import torch
 from helpers.policy import make_policy, tiny_config
 from helpers.spawn import free_port, run_ranks
 from skyrl_mega.checkpoint import steps
+from skyrl_mega.checkpoint.saver import Checkpointer
+from skyrl_mega.checkpoint.store import Retention
 from skyrl_mega.config.load import load_saved
 from skyrl_mega.data.packing import split_updates
 from skyrl_mega.data.synthetic import random_samples
@@ -47,7 +49,8 @@ def train_a_step(config, *, samples=None, damage=None) -> dict:
         reference = ReferenceModel(config, policy.topology) if config.algorithm.kl.coef > 0 else None
         recorder = Recorder(config, rank=policy.topology.rank)
         state = TrainState(STEP - 1, STEP - 1, {}, num_trained_groups=0, num_optimizer_steps=0)
-        parts = Parts(config, policy.topology, policy, reference, recorder, state, torch.float32, share_prompts=True)
+        saver = Checkpointer(config.trainer.run_dir, policy.topology, Retention(keep_last=1), asynchronous=False)
+        parts = Parts(config, policy.topology, policy, reference, recorder, state, torch.float32, True, saver)
         divided = split_updates(samples or step_samples(), config.trainer.updates_per_step)
         batches = [pack(config, policy.topology, update, share_prompts=True) for update in divided]
         fill_logprobs(parts, batches)
