@@ -87,6 +87,8 @@ def megatron() -> Callable[[], None]:
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
+    from skyrl_mega.models.build import sharded_state
+
     policy, parent = make_policy(), scratch()
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -94,7 +96,7 @@ def megatron() -> Callable[[], None]:
         directory = parent / "step"
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        model = policy.model.sharded_state_dict()
+        model = sharded_state(policy.chunks)
         optimizer = policy.optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist"), policy.topology.dp_cp_group, True

@@ -14,6 +14,7 @@ from skyrl_mega.checkpoint import store
 from skyrl_mega.checkpoint.pieces import pieces_to_write
 from skyrl_mega.checkpoint.resume import checkpoint_to_resume
 from skyrl_mega.errors import CheckpointError
+from skyrl_mega.models.build import sharded_state
 from skyrl_mega.types import TrainState
 
 STATE = TrainState(7, 7, {"index": 28}, num_trained_groups=28, num_optimizer_steps=2, elapsed_train_s=1.5)
@@ -164,7 +165,7 @@ def test_a_checkpoint_in_megatrons_own_format_still_loads(tmp_path):
     with make_policy(config) as policy:
         update(policy, 1)
         update(policy, 2)
-        model_state = policy.model.sharded_state_dict()
+        model_state = sharded_state(policy.chunks)
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
         optimizer_state = policy.optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)
         old = checkpoint.sharded_state(policy, policy.topology) | {"model": model_state, "optimizer": optimizer_state}

@@ -201,6 +201,12 @@ BAD_COMBINATIONS = {
         1,
         ["`trainer.record_steps` must name steps of the loop", "0, 812 of 100 steps", "raise `trainer.max_steps`"],
     ),
+    "best checkpoints without evaluation": (
+        ["checkpoint.keep_best=1", "evaluation.num_prompts=0"],
+        1,
+        ["`checkpoint.keep_best` goes by a metric", "`eval/accuracy`", "`evaluation.num_prompts` is 0", "reward/mean"],
+    ),
+    "negative keep_best": (["checkpoint.keep_best=-1"], 1, ["`checkpoint.keep_best` must be >= 0", "got -1"]),
     "pipeline": (
         ["parallel.pipeline=3"],
         3,
@@ -449,8 +455,12 @@ def test_all_broken_rules_are_reported_together(base):
         (["rollout.top_p=0.9"], ["`rollout.top_p` 0.9", "renormalises over the tokens", "rollout.top_p=1.0 rollout.top_k=0"]),
         (["rollout.top_k=50"], ["`rollout.top_k` 50", "renormalises over the tokens"]),
         ([r'rollout.stop=["\n"]'], ["as they stand", "a backslash and a letter", "real line break"]),
+        (
+            ["checkpoint.keep_best=1", "checkpoint.interval_steps=6", "evaluation.interval_steps=4"],
+            ["saved every 6 steps, evaluated every 4", "can't be the best", "Set `evaluation.interval_steps=6`"],
+        ),
     ],
-    ids=["engine float32", "top_p", "top_k", "backslash"],
+    ids=["engine float32", "top_p", "top_k", "backslash", "best not evaluated"],
 )
 def test_a_doubtful_combination_is_warned_about(base, overrides, words):
     warnings = validate(load_config([*base, *overrides]))
@@ -475,6 +485,8 @@ def test_a_doubtful_combination_is_warned_about(base, overrides, words):
         (["env.name=helpers.model_dir:Anything"], 1),
         (["telemetry.trackers=[]"], 1),
         (["trainer.max_steps=8", "trainer.record_steps=[1,8]"], 1),
+        (["checkpoint.keep_best=2", "checkpoint.interval_steps=6", "evaluation.interval_steps=3"], 1),
+        (["checkpoint.keep_best=2", "checkpoint.best_metric=reward/mean", "evaluation.num_prompts=0"], 1),
     ],
 )
 def test_the_edge_of_a_rule_is_allowed(base, overrides, world_size):
