@@ -147,6 +147,8 @@ class Checkpointer:
         began, told = time.monotonic(), False
         while self._in_flight is not None:
             save, waited = self._in_flight, time.monotonic() - began
+            # Each round is a phase of its own to the watchdog: this wait has its own deadline, `timeout_s`.
+            self._topology.enter("checkpoint/wait", save.state.step)
             if save.thread is not None:
                 save.thread.join(timeout=1.0)
             cost = self.poll()
@@ -164,7 +166,8 @@ class Checkpointer:
     def close(self) -> None:
         """Lets a save in flight complete when the training has failed; needs no other rank to come, and raises nothing.
 
-        Waits for this rank's file; on rank 0 also for those of the others, `GRACE_S` at most.
+        Waits for this rank's file; on rank 0 also for those of the others, `GRACE_S` at most. In a job of several ranks the
+        watchdog may cut this short, at the cost of this save.
         """
         save = self._in_flight
         if save is None or save.thread is None:
