@@ -94,12 +94,8 @@ class Checkpointer:
 
         began = time.monotonic()
         self._unreported = self.finish()
-        topology = self._topology
-        directory = topology.broadcast_object(
-            store.begin(self._run_dir, state.step) if topology.rank == 0 else None, phase="checkpoint/begin", step=state.step
-        )
-        save = _Save(directory, state, dict(metrics or {}))
-        pieces = pieces_to_write(sharded_state(policy, topology))
+        save = _Save(self._begin(state.step), state, dict(metrics or {}))
+        pieces = pieces_to_write(sharded_state(policy, self._topology))
         self._in_flight = save
         if self._asynchronous:
             self._host_copy = self._host_copy or HostCopy()
@@ -110,7 +106,7 @@ class Checkpointer:
         else:
             self._write(save, pieces)
             save.stall_s = time.monotonic() - began
-            self.finish()
+            self._unreported = self.finish()
         return store.checkpoint_path(self._run_dir, state.step)
 
     def poll(self) -> Metrics:
@@ -123,15 +119,16 @@ class Checkpointer:
         if save is None:
             return unreported
         answers = self._topology.gather_objects((save.status, save.error), phase="checkpoint/poll", step=save.state.step)
+        is_committed = answers[0][0] == COMMITTED
         failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
-        if failures:
+        if failures and not is_committed:
             save.give_up_at = 0.0
             self._in_flight = None
             raise CheckpointError(
                 f"the checkpoint of step {save.state.step} could not be written ({'; '.join(failures)}). The one before it is "
                 f"whole and will be continued. Make room in {save.directory.parent}, or see to its file system, and start again."
             )
-        if answers[0][0] != COMMITTED:
+        if not is_committed:
             return unreported
         self._in_flight = None
         return {
@@ -152,7 +149,7 @@ class Checkpointer:
             if save.thread is not None:
                 save.thread.join(timeout=1.0)
             cost = self.poll()
-            if cost:
+            if self._in_flight is None:
                 return cost
             if waited > _PATIENCE_S and not told:
                 self._note(f"waiting for the checkpoint of step {save.state.step} to be written")
@@ -179,6 +176,19 @@ class Checkpointer:
         save.thread.join(timeout=self._timeout_s)
         if save.error or save.thread.is_alive():
             self._note(f"the checkpoint of step {save.state.step} was not completed ({save.error or 'still writing'})")
+
+    def _begin(self, step: int) -> Path:
+        """The directory to write into, made by rank 0. Raises CheckpointError, on all ranks, where it can't be made."""
+        made: Path | OSError | None = None
+        if self._topology.rank == 0:
+            try:
+                made = store.begin(self._run_dir, step)
+            except OSError as error:
+                made = error
+        made = self._topology.broadcast_object(made, phase="checkpoint/begin", step=step)
+        if isinstance(made, OSError):
+            raise CheckpointError(f"the checkpoint of step {step} can't be begun: {made}. Make room, or see to the permissions.")
+        return made
 
     def _write(self, save: _Save, pieces: list[Piece]) -> None:
         """Writes this rank's file and, on rank 0, commits. Runs in the thread; what goes wrong is kept for `poll`."""

@@ -96,6 +96,26 @@ def test_one_save_at_a_time_the_next_waits_and_the_wait_has_a_deadline(policy, g
     assert store.list_checkpoints(policy.config.trainer.run_dir) == []
 
 
+def test_a_save_that_follows_at_once_waits_for_the_one_before_and_both_costs_are_told(policy):
+    kept = make_saver(policy.config, policy.topology)
+    for step in (1, 2, 3):
+        kept.save(policy, state(step, 0))
+    assert kept.finish()["checkpoint/step"] == 3.0
+    assert [path.name for path in store.list_checkpoints(policy.config.trainer.run_dir)] == ["step_000002", "step_000003"]
+    in_place = make_saver(policy.config, policy.topology, asynchronous=False)
+    in_place.save(policy, state(4, 0))
+    cost = in_place.poll()
+    assert (cost["checkpoint/step"], cost["checkpoint/host_copy_bytes"]) == (4.0, 0.0)
+    assert cost["checkpoint/stall_s"] >= cost["checkpoint/write_s"]
+
+
+def test_a_directory_that_can_not_be_made_is_an_error_with_the_remedy(policy, tmp_path):
+    (tmp_path / "file").write_text("")
+    kept = make_saver(policy.config, policy.topology, run_dir=tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"step 1 can't be begun: .*see to the permissions"):
+        kept.save(policy, state(1, 0))
+
+
 def test_a_writer_that_fails_is_an_error_of_the_run_that_names_step_and_cause(policy, monkeypatch):
     kept = make_saver(policy.config, policy.topology)
     kept.save(policy, state(1, 0))
