@@ -1,13 +1,14 @@
 """A checkpoint restores everything, into another layout too."""
 
 import json
+import os
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from helpers.policy import make_policy, tiny_config
-from helpers.spawn import run_ranks
+from helpers.spawn import free_port, run_ranks
 from helpers.updates import clones, update, variant
 from skyrl_mega.checkpoint import state as checkpoint
 from skyrl_mega.checkpoint import store
@@ -90,13 +91,15 @@ def dense_state(policy) -> dict[str, list]:
     return boxes
 
 
-def reshard_on_rank(rank: int, saved_by, restored_by) -> tuple[dict, dict]:
+def reshard_on_rank(rank: int, saved_by, restored_by, second_port: int) -> tuple[dict, dict]:
     """Optimizer state as held before the save in one layout, and after the load in the other, of the same four ranks."""
     with make_policy(saved_by) as policy:
         update(policy, 1)
         update(policy, 2)
         checkpoint.save(saved_by.trainer.run_dir, policy, STATE, policy.topology, keep_last=2)
         before = dense_state(policy)
+    # The same processes, another world: its store must not meet what the first one left.
+    os.environ["MASTER_PORT"] = str(second_port)
     with make_policy(restored_by) as policy:
         checkpoint.load(store.find_checkpoint(restored_by.trainer.run_dir), policy, policy.topology)
         return before, dense_state(policy)
@@ -119,7 +122,7 @@ def assembled(of_ranks: list[dict[str, list]]) -> dict[str, torch.Tensor]:
 def test_masters_and_moments_are_equal_element_by_element_after_resharding(tmp_path):
     config = tiny_config(tmp_path, "precision=bfloat16", tied=False)
     layouts = (variant(config, "parallel.tensor=2"), variant(config, "parallel.pipeline=2"))
-    of_ranks = run_ranks(reshard_on_rank, 4, *layouts)
+    of_ranks = run_ranks(reshard_on_rank, 4, *layouts, free_port(), timeout_s=300)
     before, after = (assembled([rank[index] for rank in of_ranks]) for index in (0, 1))
     kinds = {key.split(".")[2] for key in before}
     assert kinds == {"param", "exp_avg", "exp_avg_sq"}
