@@ -25,6 +25,9 @@ factories with `device="cuda"`         zeros, ones, empty, full, tensor, arange 
 `torch.cuda.synchronize`               before timing and after p2p: CPU work is finished when the call returns
 ====================================== =================================================================================
 
+Two collectives of `megatron.core.distributed.param_and_grad_buffer`, `dist_reduce_scatter_func` and `dist_all_gather_func`, do
+nothing in a group of one: NCCL knows that there is nothing to do, gloo copies the whole gradient buffer twice.
+
 Two functions of `megatron.core.tensor_parallel.random` are replaced whole, `_get_cuda_rng_state` and `_set_cuda_rng_state`: the
 first goes to `torch.cuda.random` by import, the second defers its work through `torch.cuda._lazy_call`, which on a machine
 without CUDA never runs (a forked RNG state would silently not be restored).
@@ -148,6 +151,9 @@ def install_megatron_cpu_shim() -> ShimReport:
     random._set_cuda_rng_state = _set_rng_state
     sys.modules["megatron.core.transformer.moe.token_dispatcher"].maybe_move_tensor_to_cpu = _on_host
     vars(sys.modules["megatron.core.transformer.moe.moe_utils"]).setdefault("te_general_gemm", None)
+    buffers = sys.modules["megatron.core.distributed.param_and_grad_buffer"]
+    buffers.dist_reduce_scatter_func = _alone_is_done(torch.distributed.reduce_scatter_tensor)
+    buffers.dist_all_gather_func = _alone_is_done(torch.distributed.all_gather_into_tensor)
     if torch.Tensor.type is not _tensor_type:
         torch.Tensor.type = _tensor_type
         torch.Tensor.cuda = _tensor_cuda
@@ -239,6 +245,19 @@ def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """Megatron's `maybe_move_tensor_to_cpu` for tensors that lie there already."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _alone_is_done(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, left out in a group of one, where Megatron's views make its output the input itself."""
+
+    def call(output: torch.Tensor, source: torch.Tensor, *args: Any, group: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        in_place = output.data_ptr() == source.data_ptr() and output.numel() == source.numel()
+        # An asynchronous call must leave a handle behind that somebody waits for.
+        if in_place and not async_op and torch.distributed.get_world_size(group) == 1:
+            return None
+        return collective(output, source, *args, group=group, async_op=async_op, **kwargs)
+
+    return call
 
 
 def _manual_seed(seed: int) -> None:

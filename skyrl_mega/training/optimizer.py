@@ -131,9 +131,10 @@ def _use_fused_kernel(inner: list[torch.optim.AdamW]) -> None:
 
 
 def _clip(optimizer: MegatronOptimizer, max_norm: float, grad_norm: float) -> None:
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    """Scales the gradients in place. Megatron's own function first makes a scaled copy of each where Apex is missing."""
+    import torch
 
-    for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
-        if parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
+    factor = max_norm / (grad_norm + 1.0e-6)
+    if factor < 1.0:
+        parameters = [p for part in optimizer.chained_optimizers for p in part.get_parameters() if p.grad is not None]
+        torch._foreach_mul_([p.grad for p in parameters], factor)

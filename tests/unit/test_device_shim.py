@@ -240,6 +240,30 @@ def test_devices_are_resolved_by_name(monkeypatch):
         resolve_device("cuda")
 
 
+def test_a_group_of_one_leaves_buffers_where_they_are(monkeypatch):
+    calls = []
+    lone = device_module._alone_is_done(lambda *args, **kwargs: calls.append((args, kwargs)) or "handle")
+    buffer = torch.arange(4.0)
+    ranks = {"one": 1, "two": 2}
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks[group])
+    assert lone(buffer.view(-1), buffer, group="one", op="sum") is None
+    assert calls == []
+    # Another place, other ranks, or somebody who waits for a handle: the collective itself.
+    assert lone(torch.empty(4), buffer, group="one", op="sum") == "handle"
+    assert lone(buffer[:2], buffer, group="two", op="sum") == "handle"
+    assert lone(buffer.view(-1), buffer, group="one", async_op=True) == "handle"
+    assert [kwargs["group"] for _, kwargs in calls] == ["one", "two", "one"]
+    assert calls[0][1] == {"group": "one", "async_op": False, "op": "sum"}
+
+
+def test_megatron_reduces_through_the_shim():
+    from megatron.core.distributed import param_and_grad_buffer
+
+    install_megatron_cpu_shim()
+    for function in (param_and_grad_buffer.dist_reduce_scatter_func, param_and_grad_buffer.dist_all_gather_func):
+        assert function.__qualname__.startswith("_alone_is_done")
+
+
 def test_threads_are_set():
     before = torch.get_num_threads()
     set_threads(1)
