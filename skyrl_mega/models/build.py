@@ -202,6 +202,8 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
+        # Megatron's name for "the layer spec says which module the activation is": ours is `elementwise.SwiGLU`.
+        use_te_activation_func=not transformer_engine_layers_available(topology.device),
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         cuda_graph_scope=[],  # unused; Megatron's own default warns that it is deprecated

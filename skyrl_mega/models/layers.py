@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,6 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from skyrl_mega.models.attention import PackedAttention
+from skyrl_mega.models.elementwise import SwiGLU, rms_norm
 from skyrl_mega.models.router import CountingRouter
 
 
@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -59,8 +59,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self.eps = config.layernorm_epsilon
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        normed = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
-        return super().forward(normed, *args, **kwargs)
+        return super().forward(rms_norm(x, self.layer_norm_weight, self.eps), *args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         state = self.state_dict(prefix="", keep_vars=True)
@@ -120,8 +119,11 @@ def _torch_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSp
     if num_experts is None:
         submodules.pre_mlp_layernorm = IdentityOp
         submodules.mlp.submodules.linear_fc1 = LayerNormColumnParallelLinear
+        submodules.mlp.submodules.activation_func = SwiGLU
     else:
         submodules.pre_mlp_layernorm = RMSNorm
+        submodules.mlp.submodules.experts.submodules.activation_func = SwiGLU
+        submodules.mlp.submodules.shared_experts.submodules.activation_func = SwiGLU
     if config.qk_layernorm:
         submodules.self_attention.submodules.q_layernorm = RMSNorm
         submodules.self_attention.submodules.k_layernorm = RMSNorm
