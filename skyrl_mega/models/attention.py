@@ -37,6 +37,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from skyrl_mega.errors import BackendUnavailableError, ConfigError
 from skyrl_mega.models.attention_layout import AttentionLayout, Bucket
+from skyrl_mega.models.cpu_attention import causal_attention
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -126,6 +127,8 @@ def _bucket_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bucket:
     q, k, v = (x.reshape(bucket.num_segments, -1, *x.shape[1:]) for x in (q, k, v))
     if bucket.short:
         out_BLHD = _short_attention(q, k, v, bucket.mask, scale)
+    elif q.device.type == "cpu" and bucket.mask is None:
+        out_BLHD = causal_attention(q, k, v, scale)
     else:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out_BHLD = F.scaled_dot_product_attention(
