@@ -43,72 +43,88 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Segments that must stay together: a trunk and its branches, or one sample alone."""
+    """Samples that are packed side by side: several on one prompt of `prompt_length` tokens, or one alone (prompt_length 0).
 
-    segments: tuple[Segment, ...]
+    Tokens and cost are plain arithmetic, so that every rank can arrange all clusters; tensors are made by `segments`.
+    """
+
+    samples: tuple[TrainSample, ...]
+    prompt_length: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return sum(segment.num_tokens for segment in self.segments)
+        """Positions computed: the trunk once, and each branch."""
+        trunk = max(self.prompt_length - 1, 0)
+        return trunk + sum(sample.num_tokens - self.prompt_length for sample in self.samples)
 
     def cost(self, attention_cost: float) -> float:
         """Estimated compute: that of each segment, branches attending to their trunk as well."""
-        trunk = self.segments[0].num_tokens
-        total = 0.0
-        for segment in self.segments:
-            n = segment.num_tokens
-            # A branch computes n tokens, and attends like the last n positions of a sequence of trunk + n.
-            whole = sequence_cost(trunk + n, attention_cost) - sequence_cost(trunk, attention_cost)
-            total += sequence_cost(n, attention_cost) if segment.prefix is None else whole
-        return total
+        trunk = sequence_cost(max(self.prompt_length - 1, 0), attention_cost)
+        return trunk + sum(branch_cost(sample, self.prompt_length, attention_cost) for sample in self.samples)
 
-    @staticmethod
-    def of_one(sample: TrainSample) -> Cluster:
-        """A sample alone: all of its tokens; its last position has no label."""
+    def segments(self) -> tuple[Segment, ...]:
+        """A trunk and its branches, or the one sample: all of its tokens, of which the last has no label."""
+        if self.prompt_length:
+            return _shared(self.samples, self.prompt_length)
+        (sample,) = self.samples
         ids = sample.token_ids.to(torch.int64)
-        return Cluster((_labelled(sample, 0, torch.cat([ids[1:], ids.new_zeros(1)]), sample.num_tokens),))
+        return (_labelled(sample, 0, torch.cat([ids[1:], ids.new_zeros(1)]), sample.num_tokens),)
 
 
-def clusters(samples: Sequence[TrainSample], capacity: int) -> list[Cluster]:
-    """The samples as clusters of at most `capacity` tokens: group members with the same prompt together, in order.
+def branch_cost(sample: TrainSample, prompt_length: int, attention_cost: float) -> float:
+    """A branch of n tokens attends like the last n positions of a sequence of trunk + n; without a prompt, a whole sample."""
+    trunk = max(prompt_length - 1, 0)
+    whole = trunk + sample.num_tokens - prompt_length
+    return sequence_cost(whole, attention_cost) - sequence_cost(trunk, attention_cost)
+
+
+def families(samples: Sequence[TrainSample]) -> list[Cluster]:
+    """The samples as the largest clusters there are: members of a group with the same prompt together, in order.
 
     The prompt of a sample is what stands before its first loss token. Where nothing is gained (a group of one, a prompt of
     one token) a sample stays alone.
     """
-    families: dict[tuple, list[TrainSample]] = {}
+    members: dict[tuple, list[TrainSample]] = {}
     for sample in samples:
         prompt = sample.token_ids[: _prompt_length(sample)]
-        families.setdefault((sample.group_index, tuple(prompt.tolist())), []).append(sample)
-    result = []
-    for (_, prompt), family in families.items():
+        members.setdefault((sample.group_index, tuple(prompt.tolist())), []).append(sample)
+    result: list[Cluster] = []
+    for (_, prompt), family in members.items():
         if len(prompt) < 2:
-            result += [Cluster.of_one(sample) for sample in family]
-            continue
-        for members in _chunks(family, len(prompt), capacity):
-            result.append(_shared(members, len(prompt)) if len(members) > 1 else Cluster.of_one(members[0]))
+            result += [Cluster((sample,)) for sample in family]
+        else:
+            result.append(_cluster(family, len(prompt)))
     return result
 
 
-def _chunks(family: Sequence[TrainSample], prompt_length: int, capacity: int) -> list[list[TrainSample]]:
-    """The members in as few runs as fit: trunk and branches of a run take at most `capacity` tokens."""
+def split(family: Cluster, capacity: int, most_cost: float, attention_cost: float) -> list[Cluster]:
+    """The family in runs, in order, of at most `capacity` tokens and, but for runs of one sample, at most `most_cost`."""
+    prompt = family.prompt_length
+    if family.num_tokens <= capacity and family.cost(attention_cost) <= most_cost:
+        return [family]
+    trunk_tokens, trunk_cost = max(prompt - 1, 0), sequence_cost(max(prompt - 1, 0), attention_cost)
     runs: list[list[TrainSample]] = []
-    room = 0
-    for sample in family:
-        needed = sample.num_tokens - prompt_length
-        if not runs or needed > room:
+    tokens, cost = 0, 0.0
+    for sample in family.samples:
+        more_tokens, more_cost = sample.num_tokens - prompt, branch_cost(sample, prompt, attention_cost)
+        if not runs or tokens + more_tokens > capacity or cost + more_cost > most_cost:
             runs.append([])
-            room = capacity - (prompt_length - 1)
+            tokens, cost = trunk_tokens, trunk_cost
         runs[-1].append(sample)
-        room -= needed
-    return runs
+        tokens, cost = tokens + more_tokens, cost + more_cost
+    return [_cluster(run, prompt) for run in runs]
 
 
-def _shared(members: Sequence[TrainSample], prompt_length: int) -> Cluster:
+def _cluster(samples: Sequence[TrainSample], prompt_length: int) -> Cluster:
+    return Cluster(tuple(samples), prompt_length if len(samples) > 1 else 0)
+
+
+def _shared(members: Sequence[TrainSample], prompt_length: int) -> tuple[Segment, ...]:
     trunk_ids = members[0].token_ids[: prompt_length - 1].to(torch.int64)
     branches = [
         _labelled(sample, prompt_length - 1, sample.token_ids[prompt_length:], sample.num_tokens - 1) for sample in members
     ]
-    return Cluster((_unlabelled(trunk_ids), *branches))
+    return (_unlabelled(trunk_ids), *branches)
 
 
 def _prompt_length(sample: TrainSample) -> int:

@@ -17,16 +17,24 @@ A group of G samples with prompt length n and responses of length m costs n - 1 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from skyrl_mega.data.balance import ATTENTION_COST, even_bins, first_fit_decreasing, karmarkar_karp
-from skyrl_mega.data.clusters import Cluster, Segment, clusters, padding_segment
+from skyrl_mega.data.balance import ATTENTION_COST, even_bins, even_out, first_fit_decreasing, karmarkar_karp
+from skyrl_mega.data.clusters import Cluster, Segment, families, padding_segment, split
 from skyrl_mega.data.samples import split_updates, to_samples
 from skyrl_mega.errors import DataError
 from skyrl_mega.types import MicroBatch, TrainBatch, TrainSample
+
+#: How much of a rank's fair share one piece may cost, tried in this order until the ranks are balanced.
+SPLITS = (math.inf, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16, 1 / 32)
+#: The ranks are balanced when the busiest has at most so many fair shares: those of the groups unsplit.
+BALANCED = 1.01
+#: Single pieces change ranks until the busiest has at most so many means.
+EVEN = 1.005
 
 __all__ = ["balance_and_pack", "pack_rows", "split_updates", "to_samples", "unpack"]
 
@@ -59,14 +67,11 @@ def balance_and_pack(
         _check(sample, capacity, tokens_per_micro_batch, pad_to_multiple)
     computed = [s for s in samples if not (skip_zero_advantage and _is_zero(s))]
 
-    pieces = clusters(computed, capacity) if share_prompts else [Cluster.of_one(sample) for sample in computed]
-    costs = [piece.cost(attention_cost) for piece in pieces]
-    per_rank = karmarkar_karp(costs, dp_size)
-    bins = _arrange([[pieces[i].num_tokens for i in part] for part in per_rank], capacity, micro_batch_multiple)[dp_rank]
-    mine = [pieces[i] for i in per_rank[dp_rank]]
-    micro_batches = [_pack([mine[i] for i in members], pad_to_multiple) for members in bins]
+    arrangement = _assign(computed, capacity, dp_size, share_prompts, attention_cost, micro_batch_multiple)
+    mine = arrangement.per_rank[dp_rank]
+    micro_batches = [_pack([mine[i] for i in members], pad_to_multiple) for members in arrangement.bins[dp_rank]]
 
-    rank_costs = [sum(costs[i] for i in part) for part in per_rank]
+    rank_costs = [sum(costs) for costs in arrangement.costs]
     total = sum(m.num_tokens for m in micro_batches)
     return TrainBatch(
         micro_batches=micro_batches,
@@ -76,6 +81,50 @@ def balance_and_pack(
         padding_fraction=1.0 - sum(piece.num_tokens for piece in mine) / total if total else 0.0,
         imbalance=1.0 - sum(rank_costs) / dp_size / max(rank_costs) if computed else 0.0,
     )
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """Each rank's pieces, their costs, and its micro-batches as lists of indices of its pieces."""
+
+    per_rank: list[list[Cluster]]
+    costs: list[list[float]]
+    bins: list[list[list[int]]]
+
+
+def _assign(
+    samples: Sequence[TrainSample],
+    capacity: int,
+    dp_size: int,
+    share_prompts: bool,
+    attention_cost: float,
+    micro_batch_multiple: int,
+) -> _Arrangement:
+    """Which rank computes what, for all ranks.
+
+    A group that shares its prompt is one piece as long as that is balanced; where it is not, groups are split further and
+    further, each part computing the prompt again, and the arrangement with the least loaded busiest rank is taken.
+    """
+    whole = families(samples) if share_prompts else [Cluster((sample,)) for sample in samples]
+    fair_share = sum(piece.cost(attention_cost) for piece in whole) / dp_size
+    best: tuple[float, list[Cluster], list[float], list[list[int]]] | None = None
+    for share in SPLITS if share_prompts and dp_size > 1 else SPLITS[:1]:
+        pieces = [part for piece in whole for part in split(piece, capacity, share * fair_share, attention_cost)]
+        if best is not None and len(pieces) == len(best[1]):
+            continue
+        costs = [piece.cost(attention_cost) for piece in pieces]
+        parts = even_out(karmarkar_karp(costs, dp_size), costs, until=EVEN)
+        busiest = max(sum(costs[i] for i in part) for part in parts)
+        if best is None or busiest < best[0]:
+            best = busiest, pieces, costs, parts
+        if busiest <= BALANCED * fair_share:
+            break
+    assert best is not None  # the first split was tried
+    _, pieces, costs, parts = best
+    costs_of = [[costs[i] for i in part] for part in parts]
+    lengths_of = [[pieces[i].num_tokens for i in part] for part in parts]
+    bins = _arrange(lengths_of, costs_of, capacity, micro_batch_multiple)
+    return _Arrangement([[pieces[i] for i in part] for part in parts], costs_of, bins)
 
 
 def _check(sample: TrainSample, capacity: int, tokens_per_micro_batch: int, pad_to_multiple: int) -> None:
@@ -97,15 +146,22 @@ def _is_zero(sample: TrainSample) -> bool:
     return not bool(sample.advantages[sample.loss_mask].any())
 
 
-def _arrange(lengths_per_rank: Sequence[Sequence[int]], capacity: int, multiple: int = 1) -> list[list[list[int]]]:
-    """For each rank, its items in bins: the same number on every rank, a multiple of `multiple`, as even as capacity allows."""
+def _arrange(
+    lengths_per_rank: Sequence[Sequence[int]], costs_per_rank: Sequence[Sequence[float]], capacity: int, multiple: int = 1
+) -> list[list[list[int]]]:
+    """For each rank, its items in bins: the same number on every rank, a multiple of `multiple`, as even as capacity allows.
+
+    Costliest first, so that ranks that wait for each other in every micro-batch have alike ones at the same time.
+    """
     fewest = [first_fit_decreasing(lengths, capacity) for lengths in lengths_per_rank]
     count = -(-max(len(bins) for bins in fewest) // multiple) * multiple
-    arranged = []
-    for lengths, bins in zip(lengths_per_rank, fewest, strict=True):
-        even = even_bins(lengths, count, capacity)
+    arranged: list[list[list[int]]] = []
+    for lengths, costs, bins in zip(lengths_per_rank, costs_per_rank, fewest, strict=True):
+        even: list[list[int]] | None = karmarkar_karp(costs, count) if count else []
+        if even and any(sum(lengths[i] for i in members) > capacity for members in even):
+            even = even_bins(lengths, count, capacity)
         chosen = bins + [[] for _ in range(count - len(bins))] if even is None else even
-        arranged.append(sorted((sorted(members) for members in chosen), key=lambda members: (not members, members)))
+        arranged.append(sorted((sorted(members) for members in chosen), key=lambda m: (-sum(costs[i] for i in m), m)))
     return arranged
 
 
@@ -116,7 +172,7 @@ def _pack(members: Sequence[Cluster], pad_to_multiple: int) -> MicroBatch:
     segments: list[Segment] = []
     for piece in members:
         first = len(segments)
-        segments += [replace(s, prefix=first if s.prefix is not None else None) for s in piece.segments]
+        segments += [replace(s, prefix=first if s.prefix is not None else None) for s in piece.segments()]
     if padding:
         segments.append(padding_segment(padding))
     shares = any(segment.prefix is not None for segment in segments)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
 import pytest
 import torch
 
-from skyrl_mega.data.balance import even_bins, first_fit_decreasing, karmarkar_karp, sequence_cost
+from skyrl_mega.data.balance import even_bins, even_out, first_fit_decreasing, karmarkar_karp, sequence_cost
 from skyrl_mega.data.packing import _arrange, balance_and_pack, pack_rows, split_updates, to_samples, unpack
 from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.errors import DataError, RolloutError
@@ -178,6 +179,55 @@ def test_micro_batches_are_lengthened_to_the_multiple_by_a_padding_sequence(mult
     assert batch.padding_fraction == pytest.approx(1 - real / total)
 
 
+def grouped_samples(num_groups: int, group_size: int, prompt: int, responses: random.Random) -> list[TrainSample]:
+    """Groups with a common prompt and lognormal response lengths."""
+    samples = []
+    for group in range(num_groups):
+        for _ in range(group_size):
+            response = max(1, min(400, round(30 * responses.lognormvariate(0, 1))))
+            mask = [0] * prompt + [1] * response
+            one = sample(len(samples), [group + 1] * prompt + [5] * response, mask, [float(m) for m in mask])
+            samples.append(dataclasses.replace(one, group_index=group))
+    return samples
+
+
+def micro_batch_cost(micro) -> float:
+    lengths, prefixes = micro.cu_seqlens.diff().tolist(), [-1] * len(micro.sample_index)
+    if micro.prefix_segments is not None:
+        prefixes = micro.prefix_segments.tolist()
+    trunks = [lengths[prefix] if prefix >= 0 else 0 for prefix in prefixes]
+    return sum(sequence_cost(t + n) - sequence_cost(t) for t, n in zip(trunks, lengths, strict=True))
+
+
+@pytest.mark.parametrize(("num_groups", "size"), [(16, 2), (16, 4), (16, 8), (16, 16)])
+def test_groups_too_coarse_for_the_ranks_are_split_until_those_are_balanced(num_groups, size):
+    samples = grouped_samples(num_groups, 8, 20, random.Random(0))
+    batches = [pack(samples, 4096, rank, size, share_prompts=True) for rank in range(size)]
+    costs = [sum(micro_batch_cost(m) for m in batch.micro_batches) for batch in batches]
+    assert max(costs) <= 1.02 * sum(costs) / size
+    assert batches[0].imbalance == pytest.approx(1 - sum(costs) / size / max(costs), abs=1e-9)
+    # Every sample once, and no more prompts computed than balance takes: far fewer than one per sample.
+    held = sorted(i for b in batches for m in b.micro_batches for i in m.sample_index.tolist() if i >= 0)
+    assert held == list(range(len(samples)))
+    prompts = sum(int((m.position_ids == 0).sum()) for b in batches for m in b.micro_batches)
+    assert num_groups <= prompts <= 3 * num_groups
+
+
+def test_a_group_that_fits_stays_whole():
+    samples = grouped_samples(8, 8, 20, random.Random(1))
+    batch = pack(samples, 4096, 0, 1, share_prompts=True)
+    assert sum(int((m.sample_index == -1).sum()) for m in batch.micro_batches) == 8  # one trunk per group
+
+
+def test_micro_batches_of_all_ranks_are_alike_index_by_index():
+    samples = grouped_samples(64, 4, 10, random.Random(2))
+    costs = [[micro_batch_cost(m) for m in pack(samples, 512, rank, 4).micro_batches] for rank in range(4)]
+    assert len(costs[0]) >= 4
+    lockstep = sum(max(column) for column in zip(*costs, strict=True))
+    assert lockstep <= 1.03 * sum(map(sum, costs)) / 4
+    assert all(row == sorted(row, reverse=True) for row in costs)
+
+
 # -- skipping ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +297,30 @@ def test_karmarkar_karp_finds_known_partitions():
     assert karmarkar_karp([], 2) == [[], []]
 
 
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_even_out_keeps_every_item_and_never_raises_the_maximum(k):
+    generator = random.Random(k)
+    improved = 0
+    for _ in range(30):
+        costs = [generator.lognormvariate(3, 1) for _ in range(4 * k)]
+        order = generator.sample(range(len(costs)), len(costs))
+        parts = [order[j::k] for j in range(k)]
+        evened = even_out(parts, costs, until=1.0)
+        assert sorted(i for part in evened for i in part) == list(range(len(costs)))
+        before, after = (max(sum(costs[i] for i in part) for part in split) for split in (parts, evened))
+        assert after <= before * (1 + 1e-12)
+        improved += after < 0.9 * before
+        assert evened == even_out(parts, costs, until=1.0)
+    assert improved > 15
+
+
+def test_even_out_moves_and_swaps_where_one_exchange_is_enough():
+    assert even_out([[0, 1], []], [3.0, 3.0], until=1.0) == [[1], [0]]  # a move
+    assert even_out([[0, 1], [2, 3]], [9.0, 1.0, 5.0, 3.0], until=1.0) == [[0], [1, 2, 3]]
+    assert even_out([[0, 1], [2]], [4.0, 4.0, 2.0], until=2.0) == [[0, 1], [2]]  # good enough
+    assert even_out([[], []], [], until=1.0) == [[], []]
+
+
 def test_first_fit_decreasing_is_within_its_proven_bound_of_the_fewest_bins():
     generator = random.Random(0)
     for _ in range(12):
@@ -268,12 +342,14 @@ def test_even_bins_are_even_or_refused():
 
 
 def test_every_rank_has_as_many_bins_as_the_fullest_even_where_spreading_them_overflows():
-    tight = [6] * 5 + [4] * 19 + [3] * 8 + [2]  # first-fit decreasing needs 11 bins of 12; longest-first overflows even 12
+    tight = [6] * 5 + [4] * 19 + [3] * 8 + [2]  # first-fit decreasing needs 11 bins of 12; spreading overflows even 12
     assert len(first_fit_decreasing(tight, 12)) == 11
     assert even_bins(tight, 12, 12) is None
-    arranged = _arrange([tight, [12] * 12, [5], []], 12)
+    assert max(sum(tight[i] for i in part) for part in karmarkar_karp(tight, 12)) > 12
+    ranks = [tight, [12] * 12, [5], []]
+    arranged = _arrange(ranks, ranks, 12)
     assert [len(bins) for bins in arranged] == [12, 12, 12, 12]
-    for lengths, bins in zip([tight, [12] * 12, [5], []], arranged, strict=True):
+    for lengths, bins in zip(ranks, arranged, strict=True):
         assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in members) <= 12 for members in bins)
 

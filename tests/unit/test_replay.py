@@ -29,12 +29,12 @@ SETTINGS = (*SHORT, "trainer.updates_per_step=2", "trainer.record_steps=[3]", "o
 
 
 def step_samples(marked: int | None = None):
-    """Random samples; with `marked`, sample 7 alone has that token, next to its last."""
+    """Random samples; with `marked`, sample 4 alone has that token, next to its last."""
     samples = random_samples(4, 3, seed=1)
     if marked is not None:
         for sample in samples:
             sample.token_ids[sample.token_ids == marked] = marked + 1
-        samples[7].token_ids[-2] = marked
+        samples[4].token_ids[-2] = marked
     return samples
 
 
@@ -155,8 +155,8 @@ def test_a_nan_weight_is_located_in_the_step_that_it_failed(tmp_path, capsys):
     assert "is not finite" in update.recorded_error
     assert "is not finite" in update.replayed_error
     assert replay.agrees
-    assert (update.non_finite.what, update.non_finite.sample_index) == ("logprob", 7)
-    assert step_samples(marked)[7].loss_mask[update.non_finite.position]
+    assert (update.non_finite.what, update.non_finite.sample_index) == ("logprob", 4)
+    assert step_samples(marked)[4].loss_mask[update.non_finite.position]
     assert update.non_finite.micro_batch > 0
     assert update.bad_tensors == ["model.embed_tokens.weight"]
     assert "in micro-batch" in "\n".join(render(replay))
