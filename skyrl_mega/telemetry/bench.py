@@ -197,7 +197,7 @@ def _params_text(params: Mapping[str, Any]) -> str:
 
 
 def _measure(job: Mapping[str, Any]) -> None:
-    repetition = _load(job["fn_path"])(**job["params"])
+    repetition = load_set_up(job["fn_path"])(**job["params"])
     memory = _DeviceMemory() if _uses_cuda() else _HostMemory()
     for _ in range(job["warmup"]):
         repetition()
@@ -258,7 +258,7 @@ def _uses_cuda() -> bool:
     return torch is not None and torch.cuda.is_initialized()
 
 
-def _load(fn_path: str) -> Callable[..., Callable[[], Any]]:
+def load_set_up(fn_path: str) -> Callable[..., Callable[[], Any]]:
     """The set-up function that "module:function" or "file.py:function" names."""
     where, _, name = fn_path.rpartition(":")
     if where.endswith(".py"):
@@ -266,6 +266,7 @@ def _load(fn_path: str) -> Callable[..., Callable[[], Any]]:
         if spec is None or spec.loader is None:
             raise ValueError(f"fn_path ({fn_path!r}) must name a Python file or module, a colon and a function.")
         module = importlib.util.module_from_spec(spec)
+        sys.modules["bench_variants"] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(where)
