@@ -137,6 +137,25 @@ def print_goals(records: list[Record]) -> None:
         )
         for goal, held, text in goals(record):
             print(f"  {'holds ' if held else 'missed'}  {goal}: {text}")
+        if exact := float32_step(records, record["case"]):
+            parts = (f"{name} {d:.1e} ({of})" for name, (d, of) in from_float32(record, exact).items())
+            print(f"  {'':6}  away from the first step in float32: {', '.join(parts)}")
+
+
+def float32_step(records: list[Record], case: str) -> dict[str, float] | None:
+    """Hugging Face's first step of a bfloat16 case in float32, if that was measured: which side a difference belongs to."""
+    shape, dtype = case.split("/")
+    found = [
+        r["hugging_face"]["first_step"] for r in records if r["case"] == f"{shape}/float32" and r["variant"] in GOAL_VARIANTS
+    ]
+    return found[0] if found and dtype == "bfloat16" else None
+
+
+def from_float32(record: Record, exact: dict[str, float]) -> dict[str, tuple[float, str]]:
+    """(largest relative difference to float32, of which number) of each side."""
+    return {
+        name: worst_difference(record[side]["first_step"], exact) for name, side in (("ours", "ours"), ("theirs", "hugging_face"))
+    }
 
 
 def put(records: list[Record], new: Record) -> None:

@@ -108,3 +108,12 @@ def test_goals_are_printed_from_a_file_and_a_new_record_replaces_its_own_kind(be
     assert "holds   at least 1.0x: 1.70x" in printed
     assert "long_tail/bfloat16 against sorted (no goal)" in printed
     assert "missed  at least 1.5x: 0.50x" in printed
+
+
+def test_a_difference_in_bfloat16_is_laid_at_the_side_that_is_away_from_float32(bench, capsys):
+    exact, half = record(bench, norm=5.0), {**record(bench, norm=5.05), "case": "equal/bfloat16"}
+    half["hugging_face"]["first_step"]["grad_norm"] = 5.2
+    bench.print_goals([half])
+    assert "float32" not in capsys.readouterr().out
+    bench.print_goals([exact, half])
+    assert "away from the first step in float32: ours 1.0e-02 (grad_norm), theirs 4.0e-02 (grad_norm)" in capsys.readouterr().out
