@@ -153,6 +153,7 @@ def maybe_save(parts: Parts, step: int, metrics: Metrics) -> None:
     interval = parts.config.checkpoint.interval_steps
     if interval and (step % interval == 0 or step == parts.config.trainer.max_steps):
         parts.checkpointer.save(parts.policy, parts.state, metrics)
+        parts.policy.park_optimizer()
 
 
 def mean_metrics(updates: list[Metrics]) -> Metrics:

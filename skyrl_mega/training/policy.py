@@ -220,7 +220,10 @@ class Policy:
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
     def sharded_state(self) -> dict[str, Any]:
-        """Model and optimizer as a Megatron dist checkpoint holds them: views of their memory, which loading fills."""
+        """Model and optimizer as a Megatron dist checkpoint holds them: views of their memory, which loading fills.
+
+        With `optimizer.offload` the state stays on the device until `park_optimizer`.
+        """
         from skyrl_mega.models.build import sharded_state
 
         self._complete_weights()
@@ -236,6 +239,7 @@ class Policy:
         load_state(self.chunks, state["model"])
         optim.set_num_steps(self.optimizer, num_updates)
         self.num_updates = num_updates
+        self.park_optimizer()
 
     # -- weights (protocols.WeightSource) -------------------------------------------------------------------------------
 

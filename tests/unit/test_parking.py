@@ -47,7 +47,7 @@ def test_a_checkpoint_sees_the_state_that_is_parked(tmp_path):
     with make_policy(config) as policy:
         update(policy, 1)
         assert policy._parked.is_parked
-        policy.sharded_state(loading=False)
+        policy.sharded_state()
         moments = [state["exp_avg"] for part in policy.optimizer.chained_optimizers for state in part.optimizer.state.values()]
         assert any(float(moment.abs().sum()) > 0 for moment in moments)
         policy.park_optimizer()
