@@ -64,13 +64,16 @@ def _normed(x_NH: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]
     return values.mul_(scale), scale
 
 
-class SwiGLU(torch.nn.Module):
-    """silu(gate) * up of [..., 2 F], the gate in the first half -> [..., F]; arXiv:2002.05202."""
+class SwiGLU:
+    """silu(gate) * up of [..., 2 F], the gate in the first half -> [..., F]; arXiv:2002.05202.
+
+    No torch module: Megatron's checkpoints ask each module of a feed-forward for its part, and this one has none.
+    """
 
     def __init__(self, config: Any = None) -> None:
-        super().__init__()
+        pass
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             gate, up = x.chunk(2, dim=-1)
             return F.silu(gate) * up
