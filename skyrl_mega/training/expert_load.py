@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from skyrl_mega.models.build import unwrap
 from skyrl_mega.models.router import announce_batch, routers
-from skyrl_mega.types import Metrics, TrainBatch
+from skyrl_mega.types import Metrics, MicroBatch
 
 if TYPE_CHECKING:
     from skyrl_mega.parallel.topology import Topology
 
 
-def announce_tokens(chunks: Sequence[torch.nn.Module], batch: TrainBatch, topology: Topology) -> None:
+def announce_tokens(chunks: Sequence[torch.nn.Module], parts: Iterable[MicroBatch], topology: Topology) -> None:
     """Tells the routers how many tokens the global batch has, which their auxiliary loss is weighed by. *All ranks.*
 
-    Nothing to do, and nothing sent, without an auxiliary loss.
+    `parts` is what this context-parallel rank computes of its micro-batches. Nothing is done with it, and nothing sent, without
+    an auxiliary loss.
     """
     if not any(router.is_aux_loss_enabled() for router in routers(chunks)):
         return
     # As the model pads them: to a multiple of the tensor ranks.
-    padded = sum(-(-micro_batch.num_tokens // topology.tp_size) * topology.tp_size for micro_batch in batch.micro_batches)
-    announce_batch(chunks, round(topology.all_reduce_metrics({"tokens": padded}, phase="tokens")["tokens"] / topology.cp_size))
+    padded = sum(-(-part.num_tokens // topology.tp_size) * topology.tp_size for part in parts)
+    announce_batch(chunks, round(topology.all_reduce_metrics({"tokens": padded}, phase="tokens")["tokens"]))
 
 
 def expert_load_metrics(chunks: Sequence[torch.nn.Module], topology: Topology) -> Metrics:

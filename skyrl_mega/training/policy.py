@@ -121,7 +121,8 @@ class Policy:
         for ddp in self.ddps:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        announce_tokens(self.chunks, batch, self.topology)
+        parts = (_my_part(micro_batch, self.config, self.topology) for micro_batch in batch.micro_batches)
+        announce_tokens(self.chunks, parts, self.topology)
         with self.topology.deadline("train"):
             outputs = run_schedule(self.ddps, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
         metrics = self.topology.from_last_stage(self._reduce(outputs) if outputs else None, phase="loss")

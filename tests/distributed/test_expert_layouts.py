@@ -13,6 +13,7 @@ from helpers.spawn import free_port, run_ranks
 from skyrl_mega.config.load import load_config
 from skyrl_mega.data.packing import balance_and_pack
 from skyrl_mega.data.synthetic import random_samples
+from skyrl_mega.models.router import routers
 
 SETTINGS = ["optimizer.lr=1e-3", "optimizer.eps=1e-4"]
 BALANCED = "model.moe_aux_loss_coef=0.05"
@@ -40,6 +41,29 @@ def two_updates(config, pad_to_multiple: int = 2) -> dict:
             updates.append(policy.train_step(batch))
         weights = {name: value.clone() for name, value in policy.iter_weights(torch.float32)}
     return {"updates": updates, "weights": weights}
+
+
+def routed_tokens(rank: int, config) -> tuple[list[int], list[int]]:
+    """Tokens that this rank's routers saw in an update, and what they were told of the whole batch; a number per layer."""
+    from skyrl_mega.training import policy as policy_module
+
+    seen: tuple = ()
+
+    def look(chunks, topology) -> dict:
+        nonlocal seen
+        seen = [r.take_counts().num_tokens for r in routers(chunks)], [r.batch_tokens for r in routers(chunks)]
+        return {}
+
+    policy_module.expert_load_metrics = look
+    two_updates(config)
+    return seen
+
+
+@pytest.mark.parametrize("layout", [["parallel=cp2", "parallel.expert=2"], ["parallel=ep2"]], ids=["context", "data"])
+def test_the_balancing_loss_is_weighed_by_all_the_tokens_that_are_routed(paths, layout):
+    """Context-parallel ranks pad their parts themselves: those tokens are routed too."""
+    first, second = run_ranks(routed_tokens, 2, config_of(paths["balanced"], *layout, BALANCED))
+    assert [a + b for a, b in zip(first[0], second[0], strict=True)] == first[1] == second[1]
 
 
 def on_rank(rank: int, configs: dict, ports: list[int]) -> dict:
