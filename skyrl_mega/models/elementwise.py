@@ -79,10 +79,6 @@ class SwiGLU:
             return F.silu(gate) * up
         return _SwiGLU.apply(x)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Nothing to save; Megatron's MLP asks every module in it."""
-        return {}
-
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
