@@ -7,10 +7,9 @@ import torch
 
 from helpers.policy import make_policy, tiny_config
 from helpers.spawn import run_ranks
+from helpers.updates import update
 from skyrl_mega.checkpoint import state as checkpoint
 from skyrl_mega.config.load import load_config
-from skyrl_mega.data.packing import balance_and_pack
-from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.types import TrainState
 
 STATE = TrainState(2, 2, {"index": 8}, num_trained_groups=8, num_optimizer_steps=2, elapsed_train_s=1.0)
@@ -23,27 +22,13 @@ CASES = {
 }
 
 
-def update(policy, seed: int) -> dict:
-    topology = policy.topology
-    batch = balance_and_pack(
-        random_samples(4, 3, seed=seed),
-        tokens_per_micro_batch=64,
-        dp_rank=topology.dp_rank,
-        dp_size=topology.dp_size,
-        skip_zero_advantage=False,
-        share_prompts=True,
-        pad_to_multiple=2,
-    )
-    return policy.train_step(batch)
-
-
 def save_and_go_on(rank: int, config) -> tuple[Path, dict]:
     """Two updates, a checkpoint, a third update."""
     with make_policy(config) as policy:
-        update(policy, 1)
-        update(policy, 2)
+        update(policy, 1, pad_to_multiple=2)
+        update(policy, 2, pad_to_multiple=2)
         path = checkpoint.save(config.trainer.run_dir, policy, STATE, policy.topology, keep_last=2)
-        return path, update(policy, 3)
+        return path, update(policy, 3, pad_to_multiple=2)
 
 
 def restore_save_and_go_on(rank: int, config, path: Path) -> tuple[Path, dict]:
@@ -51,7 +36,7 @@ def restore_save_and_go_on(rank: int, config, path: Path) -> tuple[Path, dict]:
     with make_policy(config) as policy:
         assert checkpoint.load(path, policy, policy.topology) == STATE
         again = checkpoint.save(config.trainer.run_dir + "-again", policy, STATE, policy.topology, keep_last=2)
-        return again, update(policy, 3)
+        return again, update(policy, 3, pad_to_multiple=2)
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

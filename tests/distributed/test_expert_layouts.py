@@ -6,13 +6,11 @@ That expert parallelism changes nothing else is in `test_layout_matrix`.
 import os
 
 import pytest
-import torch
 
 from helpers.policy import make_policy, tiny_config
 from helpers.spawn import free_port, run_ranks
+from helpers.updates import clones, update
 from skyrl_mega.config.load import load_config
-from skyrl_mega.data.packing import balance_and_pack
-from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.models.router import routers
 
 SETTINGS = ["optimizer.lr=1e-3", "optimizer.eps=1e-4"]
@@ -27,19 +25,8 @@ MODELS = {
 def two_updates(config, pad_to_multiple: int = 2) -> dict:
     """Metrics of two updates on samples of uneven lengths, and the weights after them."""
     with make_policy(config) as policy:
-        topology, updates = policy.topology, []
-        for seed in (1, 2):
-            batch = balance_and_pack(
-                random_samples(5, 3, seed=seed),
-                tokens_per_micro_batch=64,
-                dp_rank=topology.dp_rank,
-                dp_size=topology.dp_size,
-                skip_zero_advantage=False,
-                share_prompts=True,
-                pad_to_multiple=pad_to_multiple,
-            )
-            updates.append(policy.train_step(batch))
-        weights = {name: value.clone() for name, value in policy.iter_weights(torch.float32)}
+        updates = [update(policy, seed, num_groups=5, pad_to_multiple=pad_to_multiple) for seed in (1, 2)]
+        weights = clones(policy)
     return {"updates": updates, "weights": weights}
 
 
@@ -100,10 +87,10 @@ def sharded(paths) -> list[dict]:
 @pytest.mark.parametrize("model", MODELS)
 def test_load_and_balancing_loss_are_those_of_one_process(single, sharded, model):
     for results in sharded:
-        for update, reference in zip(results[model]["updates"], single[model]["updates"], strict=True):
+        for metrics, reference in zip(results[model]["updates"], single[model]["updates"], strict=True):
             for name in ("load_max_over_mean", "load_max_over_mean_worst_layer", "idle_experts", "router_entropy", "aux_loss"):
-                assert update[f"moe/{name}"] == pytest.approx(reference[f"moe/{name}"], rel=1e-5), name
-            assert update["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
+                assert metrics[f"moe/{name}"] == pytest.approx(reference[f"moe/{name}"], rel=1e-5), name
+            assert metrics["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
         for name, value in results[model]["weights"].items():
             difference = (value - single[model]["weights"][name]).abs()
             assert difference.max() < 5e-5, name  # a twentieth of the learning rate
@@ -117,8 +104,8 @@ def test_padding_tokens_are_routed_and_change_nothing(paths, single):
     expected = single["half_dense"]
     result = two_updates(config_of(paths["half_dense"]), pad_to_multiple=16)
     assert result["updates"][0]["packing/padding_fraction"] > expected["updates"][0]["packing/padding_fraction"] + 0.05
-    for update, reference in zip(result["updates"], expected["updates"], strict=True):
-        assert update["loss/total"] == pytest.approx(reference["loss/total"], abs=1e-6)
-        assert update["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
+    for metrics, reference in zip(result["updates"], expected["updates"], strict=True):
+        assert metrics["loss/total"] == pytest.approx(reference["loss/total"], abs=1e-6)
+        assert metrics["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
     for name, value in result["weights"].items():
         assert (value - expected["weights"][name]).abs().max() < 5e-5, name

@@ -12,16 +12,17 @@ from skyrl_mega.training.policy import Policy
 from skyrl_mega.types import Metrics
 
 
-def update(policy: Policy, seed: int) -> Metrics:
+def update(policy: Policy, seed: int, *, num_groups: int = 4, pad_to_multiple: int = 1) -> Metrics:
     """One update on the samples of `seed`, which are the same in every layout."""
     topology = policy.topology
     batch = balance_and_pack(
-        random_samples(4, 3, seed=seed),
+        random_samples(num_groups, 3, seed=seed),
         tokens_per_micro_batch=64,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
         skip_zero_advantage=False,
         share_prompts=True,
+        pad_to_multiple=pad_to_multiple,
     )
     return policy.train_step(batch)
 
