@@ -125,20 +125,17 @@ def _recomputed_layers_exist(config: Config, facts: Facts) -> Iterator[Finding]:
         yield Finding(f"{layers} of {facts.model.num_layers // stages}", "Set `model.recompute_layers=0` for all of them.")
 
 
-@rule("`model.offload_layers` must leave one layer on the device, and needs one pipeline stage and `model.recompute=none`")
-def _offloading_has_its_place(config: Config, facts: Facts) -> Iterator[Finding]:
-    layers = config.model.offload_layers
-    if layers == 0:
-        return
-    if config.parallel.pipeline > 1 or config.model.recompute != "none":
-        yield Finding(
-            f"`parallel.pipeline` is {config.parallel.pipeline} and `model.recompute` is {config.model.recompute}",
-            "Set `model.offload_layers=0`, or change the other.",
-        )
-    if facts.model is not None and layers >= facts.model.num_layers:
-        yield Finding(
-            f"{layers} of {facts.model.num_layers} layers", f"Set `model.offload_layers={facts.model.num_layers - 1}` or less."
-        )
+@rule(
+    "`model.offload_layers` must be at most the layers of a pipeline stage (or chunk), and has nothing to move where all is"
+    " recomputed"
+)
+def _offloaded_layers_exist(config: Config, facts: Facts) -> Iterator[Finding]:
+    layers, stages = config.model.offload_layers, config.parallel.pipeline * config.parallel.virtual_pipeline
+    if facts.model is not None and stages >= 1 and layers > facts.model.num_layers // stages:
+        there = facts.model.num_layers // stages
+        yield Finding(f"{layers} of {there}", f"Set `model.offload_layers={there}` or less.")
+    if layers > 0 and config.model.recompute == "full":
+        yield Finding("`model.recompute` is full", "Set `model.offload_layers=0`, or `model.recompute=selective`.")
 
 
 @rule(

@@ -52,7 +52,7 @@ class ModelConfig:
         factory=lambda: ("core_attn",),
     )
     recompute_layers: int = opt(0, "How many layers of a stage recompute=full recomputes; 0: all.")
-    offload_layers: int = opt(0, "Layers whose activations wait in host memory for the backward pass (CUDA, TransformerEngine).")
+    offload_layers: int = opt(0, "Layers of each stage whose activations wait in host memory for the backward pass (CUDA).")
     fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = opt(
         "off", "Matrix products of the layers in 8 bits, by this scaling recipe of TransformerEngine (CUDA)."
     )

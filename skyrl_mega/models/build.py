@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from skyrl_mega.config.schema import Config
 from skyrl_mega.errors import BackendUnavailableError, ConfigError
+from skyrl_mega.models.activation_offload import ActivationOffload
 from skyrl_mega.models.attention import choose_backend
 from skyrl_mega.models.attention_layout import AttentionLayout
 from skyrl_mega.models.families import Architecture, inverse_frequencies, padded_vocab_size, read_architecture
@@ -144,6 +145,10 @@ def build_model(config: Config, topology: Topology) -> list[PolicyModel]:
         PolicyModel(layout, architecture, topology, backend, vp_stage).to(topology.device)
         for vp_stage in range(config.parallel.virtual_pipeline)
     ]
+    if config.model.offload_layers:
+        offload = ActivationOffload(topology.device)
+        for chunk in chunks:
+            offload.wrap(chunk.decoder.layers[: config.model.offload_layers])
     for name, parameter in itertools.chain.from_iterable(chunk.named_parameters() for chunk in chunks):
         # Megatron's gradient norm counts a parameter once over tensor ranks by these attributes.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -239,7 +244,7 @@ def _expert_settings(architecture: Architecture, config: Config, topology: Topol
 
 
 def _memory_settings(config: Config) -> dict[str, Any]:
-    """What Megatron calls activation recomputation, offloading and fp8."""
+    """What Megatron calls activation recomputation and fp8."""
     model = config.model
     settings: dict[str, Any] = {}
     if model.recompute == "selective":
@@ -247,8 +252,6 @@ def _memory_settings(config: Config) -> dict[str, Any]:
     elif model.recompute == "full":
         method, layers = ("block", model.recompute_layers) if model.recompute_layers else ("uniform", 1)
         settings |= {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
-    if model.offload_layers:
-        settings |= {"cpu_offloading": True, "cpu_offloading_num_layers": model.offload_layers, "cpu_offloading_weights": False}
     if model.fp8 != "off":
         # e4m3 has the finer steps; only the recipes with one scale for a whole tensor need e5m2's range for gradients.
         settings |= {"fp8": "hybrid" if model.fp8 in ("delayed", "tensorwise") else "e4m3", "fp8_recipe": model.fp8}
@@ -259,7 +262,6 @@ def _check_transformer_engine(config: Config, device: torch.device) -> None:
     """Refuses what only TransformerEngine's layers can do where they don't run."""
     asked = {
         "model.fp8": config.model.fp8 != "off",
-        "model.offload_layers": config.model.offload_layers > 0,
         "parallel.overlap_tensor": config.parallel.overlap_tensor,
     }
     names = [f"`{name}`" for name, is_asked in asked.items() if is_asked]

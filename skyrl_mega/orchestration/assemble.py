@@ -39,7 +39,9 @@ def run_training(config: Config) -> dict[str, Any]:
         notes: list[str] = []
         checkpoint = checkpoint_to_resume(config.trainer.run_dir, config.checkpoint, topology, warn=notes.append)
         start_step = store.read_state(checkpoint)[0].step if checkpoint is not None else 0
-        recorder = Recorder(config, rank=topology.rank, start_step=start_step, on_phase=topology.enter)
+        recorder = Recorder(
+            config, rank=topology.rank, num_ranks=topology.world_size, start_step=start_step, on_phase=topology.enter
+        )
         stack.callback(recorder.close)
         if topology.rank == 0:
             for line in [*notes, *_save_config(config, run_dir)]:

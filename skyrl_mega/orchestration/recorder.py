@@ -16,7 +16,7 @@ from skyrl_mega.telemetry.metrics import FILE_NAME as METRICS_FILE
 from skyrl_mega.telemetry.metrics import MetricsLog
 from skyrl_mega.telemetry.phases import PhaseTimer
 from skyrl_mega.telemetry.plots import plot_rewards
-from skyrl_mega.telemetry.progress import StepDisplay
+from skyrl_mega.telemetry.progress import COLUMNS, RANK_COLUMNS, StepDisplay
 from skyrl_mega.telemetry.resources import peak_rss_bytes
 from skyrl_mega.telemetry.trackers import make_trackers
 from skyrl_mega.types import Metrics, TrainSample, WeightVersion
@@ -36,7 +36,13 @@ class Recorder:
     """
 
     def __init__(
-        self, config: Config, *, rank: int, start_step: int = 0, on_phase: Callable[[str, int], None] = lambda phase, step: None
+        self,
+        config: Config,
+        *,
+        rank: int,
+        num_ranks: int = 1,
+        start_step: int = 0,
+        on_phase: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         telemetry, trainer = config.telemetry, config.trainer
         self.run_dir = Path(trainer.run_dir)
@@ -47,7 +53,10 @@ class Recorder:
         if start_step > 0:
             self._timer.start_step(start_step + 1)
         self._on_phase = on_phase
-        self._display = StepDisplay(trainer.max_steps, telemetry.progress, start_step=start_step, enabled=self.leads)
+        columns = COLUMNS if num_ranks == 1 else (*COLUMNS, *RANK_COLUMNS)
+        self._display = StepDisplay(
+            trainer.max_steps, telemetry.progress, start_step=start_step, enabled=self.leads, columns=columns
+        )
         self._log: MetricsLog | None = None
         self._trackers = []
         if self.leads:

@@ -43,6 +43,11 @@ COLUMNS = (
     Column("rollout", ("time/rollout_s",), ".1f", 7, "s"),
     Column("train", ("time/train_s",), ".1f", 6, "s"),
 )
+#: What several ranks make of a batch: tokens that are padding, and how far the mean rank's work is below the busiest one's.
+RANK_COLUMNS = (
+    Column("padding", ("packing/padding_fraction",), ".1%", 7),
+    Column("uneven", ("packing/imbalance",), ".1%", 6),
+)
 TIME_LEFT = Column("left", (), "", 7)
 
 

@@ -256,15 +256,15 @@ BAD_COMBINATIONS = {
         2,
         ["`model.recompute_layers` counts", "2 of 1", "`model.recompute_layers=0`"],
     ),
-    "offloading with recomputing": (
+    "more layers to offload than there are": (
+        ["model.offload_layers=2", "parallel.pipeline=2"],
+        2,
+        ["at most the layers of a pipeline stage", "2 of 1", "`model.offload_layers=1` or less"],
+    ),
+    "offloading what is recomputed": (
         ["model.offload_layers=1", "model.recompute=full"],
         1,
-        ["`model.offload_layers` must leave one layer", "`model.recompute` is full"],
-    ),
-    "offloading every layer": (
-        ["model.offload_layers=2"],
-        1,
-        ["must leave one layer", "2 of 2 layers", "`model.offload_layers=1`"],
+        ["nothing to move where all is recomputed", "`model.recompute` is full", "`model.recompute=selective`"],
     ),
     "CUDA settings on CPU": (
         ["precision=fp8", "optimizer.offload=true", "model.offload_layers=1", "trainer.device=cpu"],
