@@ -104,6 +104,7 @@ class Checkpointer:
             save.stall_s = time.monotonic() - began
             save.thread.start()
         else:
+            self._topology.enter("checkpoint/write", state.step, has_deadline=False)
             self._write(save, pieces)
             save.stall_s = time.monotonic() - began
             self._unreported = self.finish()

@@ -32,7 +32,7 @@ PLOT_EVERY = 10
 class Recorder:
     """Times phases on every rank; on rank 0 also shows them, and records each step's numbers. Close it at the end.
 
-    `on_phase` is told the name and the step of every phase that begins.
+    `on_phase` is told the name and the step of every phase that begins, and whether it should show progress (set-up need not).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Recorder:
         rank: int,
         num_ranks: int = 1,
         start_step: int = 0,
-        on_phase: Callable[[str, int], None] = lambda phase, step: None,
+        on_phase: Callable[[str, int, bool], None] = lambda phase, step, has_deadline: None,
     ) -> None:
         telemetry, trainer = config.telemetry, config.trainer
         self.run_dir = Path(trainer.run_dir)
@@ -73,14 +73,14 @@ class Recorder:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Around a part of a step: timed, traced, and named beside the progress bar while it lasts."""
-        self._on_phase(name, self._timer.step)
+        self._on_phase(name, self._timer.step, True)
         with self._timer.phase(name), self._display.phase(name):
             yield
 
     @contextmanager
     def status(self, message: str) -> Iterator[None]:
         """Around a slow part of the set-up."""
-        self._on_phase(message, self._timer.step)
+        self._on_phase(message, self._timer.step, False)
         with self._display.status(message):
             yield
 

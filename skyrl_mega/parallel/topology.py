@@ -86,16 +86,26 @@ class Topology:
         """True on the ranks of the last pipeline stage, which alone have logits and losses."""
         return self.pp_rank == self.pp_size - 1
 
-    def enter(self, phase: str, step: int) -> None:
-        """Says, to any rank that should come to wait for this one, what it is doing from now on."""
+    def enter(self, phase: str, step: int, has_deadline: bool = True) -> None:
+        """Says, to any rank that should come to wait for this one, what it is doing from now on.
+
+        Without `has_deadline` the phase may last longer than `timeout_s` without progress.
+        """
         if self.watchdog is not None:
-            self.watchdog.enter(phase, step)
+            self.watchdog.enter(phase, step, has_deadline=has_deadline)
+
+    def progress(self) -> None:
+        """Says that this rank goes on: for long phases, so that they are not taken for a hang."""
+        if self.watchdog is not None:
+            self.watchdog.progress()
 
     @contextlib.contextmanager
     def deadline(self, phase: str, step: int | None = None) -> Iterator[None]:
         """Turns a collective's timeout or lost peer inside the block into a DeadlineError that names phase, step and rank."""
+        self.progress()
         try:
             yield
+            self.progress()
         except RuntimeError as error:
             if not _is_late(error):
                 raise

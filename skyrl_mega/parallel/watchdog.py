@@ -7,8 +7,9 @@ The thread also ends its own process in the two cases where the main thread can'
 in code of an environment):
 
 - another rank has given up and said so, and this one has not ended by itself some seconds later;
-- this rank's own phase has lasted longer than the deadline allows any wait to last, plus some seconds for the ranks that wait
-  for it to say so first.
+- this rank has made no progress for longer than the deadline allows any wait to last, plus some seconds for the ranks that wait
+  for it to say so first. Progress is a new phase, a wait that begins or ends, a micro-batch. A phase may be exempt: loading a
+  large model takes the time it takes.
 
 All ranks use the store of `torch.distributed`; if that is gone, so is the rank (or agent) that held it, and the job with it.
 Which rank is dead does not depend on clocks: it is one whose signs of life stop. Only the times in a message compare the clocks
@@ -55,6 +56,7 @@ class Watchdog:
         self._store, self._end = store, end
         self._lock = threading.Lock()
         self._phase, self._step, self._since, self._beat = "start-up", 0, time.time(), 0
+        self._progressed, self._has_deadline = time.monotonic(), False
         self._stop = threading.Event()
         self._say_where()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -65,10 +67,16 @@ class Watchdog:
         """The step that this rank is in."""
         return self._step
 
-    def enter(self, phase: str, step: int) -> None:
-        """Says that this rank is in `phase` of `step` from now on."""
+    def enter(self, phase: str, step: int, *, has_deadline: bool = True) -> None:
+        """Says that this rank is in `phase` of `step` from now on. Without `has_deadline` it may last without any progress."""
         self._phase, self._step, self._since = phase, step, time.time()
+        self._has_deadline = has_deadline
+        self.progress()
         self._say_where()
+
+    def progress(self) -> None:
+        """Says, to this rank's own thread, that it goes on."""
+        self._progressed = time.monotonic()
 
     def give_up(self, message: str) -> None:
         """Tells every rank that this one ends, and why; the first message counts."""
@@ -132,16 +140,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         given_up_at: float | None = None
-        late_s = self.timeout_s + max(GRACE_S, 0.05 * self.timeout_s)
         while not self._stop.wait(min(BEAT_S, self.timeout_s / 4)):
             self._say_where()
             if given_up_at is None and self._someone_gave_up():
                 given_up_at = time.monotonic()
             if given_up_at is not None and time.monotonic() - given_up_at > GRACE_S:
                 self._terminate(f"another rank has ended the job: {self._reason()}")
-            elif time.time() - self._since > late_s:
+            elif self._has_deadline and time.monotonic() - self._progressed > self.timeout_s + max(
+                GRACE_S, 0.05 * self.timeout_s
+            ):
                 self._terminate(
-                    f"phase {self._phase!r} of step {self._step} has lasted longer than `parallel.timeout_s` "
+                    f"it made no progress in phase {self._phase!r} of step {self._step} for longer than `parallel.timeout_s` "
                     f"({self.timeout_s:g} s). {self.missing()} Raise parallel.timeout_s if it is only slow."
                 )
 

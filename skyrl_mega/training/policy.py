@@ -151,6 +151,7 @@ class Policy:
     def _forward_step(self, batch: TrainBatch, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
         from skyrl_mega.models.build import forward_hidden
 
+        self.topology.progress()
         micro_batch = _my_part(next(micro_batches), self.config, self.topology)
         return forward_hidden(model, micro_batch), partial(self._loss, batch, micro_batch)
 
@@ -352,6 +353,7 @@ def forward_logprobs(
         return []
 
     def forward_step(micro_batches: Iterator[MicroBatch], module: torch.nn.Module) -> tuple:
+        topology.progress()
         micro_batch = _my_part(next(micro_batches), config, topology)
 
         def collect(hidden_TH: torch.Tensor) -> tuple:

@@ -92,9 +92,28 @@ def test_the_loss_of_the_rank_that_keeps_the_store_is_said(capfd):
     assert "the process that keeps it (rank 0, or torchrun's agent) is gone" in capfd.readouterr().out
 
 
-def stay_too_long(rank: int) -> None:
-    topology = join(2.0)
+def go_on_for_long(rank: int) -> str:
+    topology = join(60.0)
     topology.barrier("warm-up")
+    topology.watchdog.timeout_s = 1.0  # joining may take longer than that
+    topology.enter("train", 3)
+    for _ in range(14):  # seven times as long as a wait may last, and past the grace
+        time.sleep(0.5)
+        topology.progress()
+    topology.enter("loading a large model", 3, has_deadline=False)
+    time.sleep(7)
+    topology.destroy()
+    return "done"
+
+
+def test_a_long_phase_that_goes_on_is_no_hang():
+    assert run_ranks(go_on_for_long, 2, timeout_s=90) == ["done", "done"]
+
+
+def stay_too_long(rank: int) -> None:
+    topology = join(60.0)
+    topology.barrier("warm-up")
+    topology.watchdog.timeout_s = 2.0
     topology.enter("rollout", 3)
     time.sleep(100)
 
@@ -103,5 +122,5 @@ def test_ranks_that_all_hang_in_one_phase_end_themselves(capfd):
     with pytest.raises(AssertionError, match=f"died with exit code {EXIT_CODE}"):
         run_ranks(stay_too_long, 2, timeout_s=60)
     said = capfd.readouterr().err
-    assert "phase 'rollout' of step 3 has lasted longer than `parallel.timeout_s` (2 s)" in said
+    assert "no progress in phase 'rollout' of step 3 for longer than `parallel.timeout_s` (2 s)" in said
     assert "stay_too_long" in said, "the stacks are shown"
