@@ -146,13 +146,15 @@ class Watchdog:
                 given_up_at = time.monotonic()
             if given_up_at is not None and time.monotonic() - given_up_at > GRACE_S:
                 self._terminate(f"another rank has ended the job: {self._reason()}")
-            elif self._has_deadline and time.monotonic() - self._progressed > self.timeout_s + max(
-                GRACE_S, 0.05 * self.timeout_s
-            ):
+            elif self._has_deadline and time.monotonic() - self._progressed > self._longest_s():
                 self._terminate(
                     f"it made no progress in phase {self._phase!r} of step {self._step} for longer than `parallel.timeout_s` "
                     f"({self.timeout_s:g} s). {self.missing()} Raise parallel.timeout_s if it is only slow."
                 )
+
+    def _longest_s(self) -> float:
+        """How long this rank may go without progress: past the deadline, so that those who wait for it speak first."""
+        return self.timeout_s + max(GRACE_S, 0.05 * self.timeout_s)
 
     def _someone_gave_up(self) -> bool:
         try:

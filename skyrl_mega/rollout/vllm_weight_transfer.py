@@ -15,6 +15,8 @@ Why it looks the way it does; each point is a way in which a swap silently break
   version is refused before anything is finalised.
 - On CPU vLLM packs the experts of a mixture only when it sets up their kernel, once; a reload would copy unpacked weights over
   packed ones. Their kernel is set up anew with each version.
+- The layerwise reload leaves reference cycles that hold a whole version of the weights. They are collected at once: left to
+  Python, a run's memory grew by a version at each sync for hundreds of steps.
 - A tied LM head holds its own packed copy of the embedding on CPU, which no reload touches. It is repacked at the end.
 - Checksums are recomputed over what arrived, before the first tensor of a bucket is loaded.
 
@@ -25,6 +27,7 @@ nothing until a whole version arrived.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,19 +161,23 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         }
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._give_unused_expert_kernels_back()
+        self._finalize()
         self._repack_tied_heads()
 
     def abandon(self) -> bool:
         """Whether some layer holds new weights now. Ends the session; layers that did not complete get their old tensors back."""
         for _, reload in self._pending_layers():
             reload.load_numel = 0  # "nothing loaded": finalising puts the old tensors back instead of packing half a layer
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._give_unused_expert_kernels_back()
+        self._finalize()
         if self._session.overwritten:
             self._repack_tied_heads()
         return self._session.overwritten
+
+    def _finalize(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._give_unused_expert_kernels_back()
+        # The reload leaves cycles behind that hold a whole version of the weights, until Python happens to look for such.
+        gc.collect()
 
     def _take_expert_kernels_away(self) -> None:
         """So that each layer of experts, once complete, packs its weights and sets its kernel up as at the first load."""

@@ -260,9 +260,6 @@ def wait_for_rank_1_after(metrics: Path, *, step: int, launcher: subprocess.Pope
     raise AssertionError("rank 1 is not running")
 
 
-@pytest.mark.xfail(
-    strict=False, reason="asynchronous saves: 1.87 GB after 20 steps, 1.97 GB (5.5% more) after 200; cause not found yet"
-)
 def test_memory_does_not_creep(home):
     """200 steps with rollout, sync, evaluation, probe and checkpoints, engine in the same process."""
     run_dir = home / "long"
