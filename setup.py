@@ -38,6 +38,9 @@ CXX_FLAGS = [
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]
+#: The GPUs that CUDA C++ is built for where none is at hand (a container's build, a login node) and TORCH_CUDA_ARCH_LIST says
+#: nothing; with one, torch builds for that one. The last as PTX too, for newer ones.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
@@ -73,6 +76,14 @@ def why_skipped(name: str, mode: str) -> str | None:
     return None if sources("cuda", ".cu") else "csrc/cuda holds no sources"
 
 
+def choose_architectures() -> None:
+    """What CUDA C++ is built for: torch fails with an IndexError where it finds neither a list nor a GPU to ask."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+
+
 def torch_extension(name: str) -> Extension:
     """The extension with torch's include and library paths."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
@@ -81,6 +92,7 @@ def torch_extension(name: str) -> Extension:
         return CppExtension(
             f"{PACKAGE}._C", sources("cpu", ".cpp"), depends=sources("cpu", ".h"), extra_compile_args={"cxx": CXX_FLAGS}
         )
+    choose_architectures()
     flags = {"cxx": ["-O3", "-std=c++20"], "nvcc": ["-O3", "-std=c++20", "-Xptxas", "--warn-on-spills"]}
     headers = sources("cuda", ".h", ".cuh")
     return CUDAExtension(f"{PACKAGE}._C_cuda", sources("cuda", ".cu", ".cpp"), depends=headers, extra_compile_args=flags)

@@ -72,16 +72,18 @@ struct Head {
   int64_t blocks, tiles, words;          // words: 32-bit words of a row of hidden or weight, the last one padded
   int64_t weight_stride;                 // elements
   float inverse_temperature;
+  float cap;  // of tempered logits: the soft cap over the temperature; 0: none
   Tensor weight_storage, bias_storage, floor_storage;
   const Scalar *hidden, *weight;
   const float *bias, *floor;  // null where there is none; floor is padded to whole blocks
   const int64_t* columns;
 
   Head(const Tensor& hidden_NH, const Tensor& weight_UH, const OptionalTensor& bias_U, const Tensor& columns_N,
-       const OptionalTensor& floor_N, double temperature)
+       const OptionalTensor& floor_N, double temperature, double softcap)
       : num_rows(hidden_NH.size(0)), width(hidden_NH.size(1)), num_columns(weight_UH.size(0)),
         blocks(ceil_div(num_rows, kBlock)), tiles(ceil_div(num_columns, kTileRows)), words(ceil_div(width, kPerWord)),
         weight_stride(words * kPerWord), inverse_temperature(static_cast<float>(1.0 / temperature)),
+        cap(static_cast<float>(softcap / temperature)),
         // A word of two bfloat16 must not reach into the next row.
         weight_storage(weight_stride == width ? weight_UH : at::constant_pad_nd(weight_UH, {0, weight_stride - width})),
         hidden(static_cast<const Scalar*>(hidden_NH.const_data_ptr())),
@@ -146,12 +148,13 @@ struct Head {
     return out;
   }
 
-  // Logits of one tile: (hidden . weight^T + bias) / temperature.
+  // Logits of one tile: (hidden . weight^T + bias) / temperature, capped.
   void logits(int64_t block, int64_t tile, const int32_t* hidden_words, float* out) const {
     const int64_t first = tile * kTileRows, rows = tile_rows(tile);
     SKYRL_MEGA_DISPATCH(gemm_tile, (kBf16, weight + first * weight_stride, weight_stride * sizeof(Scalar),
                                     hidden_words + block * words * kBlock, out, rows, words, false, inverse_temperature));
     if (bias) SKYRL_MEGA_DISPATCH(add_bias, (out, rows, bias + first));
+    if (cap > 0) SKYRL_MEGA_DISPATCH(cap_tile, (out, rows, cap));
   }
 };
 
@@ -271,6 +274,7 @@ void gradients_of(const Head<Scalar>& head, float* workspace, const Tensor& lse_
   // One cache line more than the tokens need: rows a power of two apart would share the same few sets of the cache.
   const int64_t kept_stride = blocks * kBlock * sizeof(Scalar) + 64;
   const bool keep = grad_weight || grad_bias;
+  const float inverse_cap = head.cap > 0 ? 1 / head.cap : 0;
 
   const std::vector<BlockCoefficients> coefficients = by_blocks(head, lse_N, coefficients_3N);
   const float* slopes = coefficients_3N.const_data_ptr<float>() + head.num_rows;
@@ -311,7 +315,7 @@ void gradients_of(const Head<Scalar>& head, float* workspace, const Tensor& lse_
           head.label_rows(block, tile, labels);
           char* kept_tile = keep ? kept + t * kTileRows * kept_stride + block * kBlock * sizeof(Scalar) : nullptr;
           SKYRL_MEGA_DISPATCH(gradient_tile, (kBf16, logits, rows, coefficients[block], with_slope,
-                                              head.block_floor(block), labels, pairs, kept_tile, kept_stride));
+                                              head.block_floor(block), labels, inverse_cap, pairs, kept_tile, kept_stride));
           if (grad_hidden)
             SKYRL_MEGA_DISPATCH(gemm_tile, (kBf16, transposed + t * kTileRows * width, kTileRows * sizeof(Scalar),
                                             kBf16 ? static_cast<const void*>(pairs) : logits, hidden_sums + block * width * kBlock,
@@ -371,12 +375,13 @@ void check_vector(const char* name, const Tensor& tensor, at::ScalarType dtype, 
 
 template <typename Scalar>
 Head<Scalar> checked_head(const Tensor& hidden_NH, const Tensor& weight_UH, const OptionalTensor& bias_U, const Tensor& columns_N,
-                          const OptionalTensor& floor_N, double temperature) {
+                          const OptionalTensor& floor_N, double temperature, double softcap) {
   const int64_t num_rows = hidden_NH.size(0);
   check_vector("columns", columns_N, at::kLong, {num_rows});
   if (bias_U) check_vector("bias", *bias_U, weight_UH.scalar_type(), {weight_UH.size(0)});
   if (floor_N) check_vector("floor", *floor_N, at::kFloat, {num_rows});
-  return Head<Scalar>(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature);
+  TORCH_CHECK(softcap >= 0, "softcap (", softcap, ") must be positive, or 0 for none.");
+  return Head<Scalar>(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature, softcap);
 }
 
 int64_t workspace_size(int64_t num_rows, int64_t num_columns) {
@@ -393,12 +398,12 @@ float* checked_workspace(const Tensor& workspace, const Tensor& hidden_CH, const
 
 std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& hidden_NH, const Tensor& weight_UH, const OptionalTensor& bias_U,
                                               const Tensor& columns_N, const OptionalTensor& floor_N, double temperature,
-                                              bool with_entropy, int64_t top_k) {
+                                              double softcap, bool with_entropy, int64_t top_k) {
   check_inputs(hidden_NH, weight_UH);
   TORCH_CHECK(top_k >= 0, "top_k (", top_k, ") must not be negative.");
   const auto run = [&](auto scalar) {
-    return statistics_of(checked_head<decltype(scalar)>(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature), nullptr,
-                         with_entropy, top_k);
+    return statistics_of(checked_head<decltype(scalar)>(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature, softcap),
+                         nullptr, with_entropy, top_k);
   };
   auto [packed_4N, logits_NK, columns_NK] = hidden_NH.scalar_type() == at::kFloat ? run(float()) : run(uint16_t());
   if (top_k == 0) return {packed_4N, at::empty({0}, at::kFloat), at::empty({0}, at::kLong)};
@@ -406,12 +411,13 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& hidden_NH, const Ten
 }
 
 Tensor chunk_statistics(const Tensor& hidden_CH, const Tensor& weight_UH, const OptionalTensor& bias_U, const Tensor& columns_C,
-                        const OptionalTensor& floor_C, const Tensor& workspace, double temperature, bool with_entropy) {
+                        const OptionalTensor& floor_C, const Tensor& workspace, double temperature, double softcap,
+                        bool with_entropy) {
   check_inputs(hidden_CH, weight_UH);
   float* logits = checked_workspace(workspace, hidden_CH, weight_UH);
   const auto run = [&](auto scalar) {
-    return statistics_of(checked_head<decltype(scalar)>(hidden_CH, weight_UH, bias_U, columns_C, floor_C, temperature), logits,
-                         with_entropy, 0);
+    return statistics_of(checked_head<decltype(scalar)>(hidden_CH, weight_UH, bias_U, columns_C, floor_C, temperature, softcap),
+                         logits, with_entropy, 0);
   };
   return std::get<0>(hidden_CH.scalar_type() == at::kFloat ? run(float()) : run(uint16_t()));
 }
@@ -431,24 +437,24 @@ void check_gradients(const Tensor& hidden_NH, const Tensor& weight_UH, const Ten
 
 void gradients(const Tensor& hidden_NH, const Tensor& weight_UH, const OptionalTensor& bias_U, const Tensor& columns_N,
                const OptionalTensor& floor_N, const Tensor& lse_N, const Tensor& coefficients_3N, double temperature,
-               const OptionalTensor& grad_hidden_NH, const OptionalTensor& grad_weight_UH, const OptionalTensor& grad_bias_U,
+               double softcap, const OptionalTensor& grad_hidden_NH, const OptionalTensor& grad_weight_UH, const OptionalTensor& grad_bias_U,
                bool accumulate) {
   check_gradients(hidden_NH, weight_UH, lse_N, coefficients_3N, grad_hidden_NH, grad_weight_UH, grad_bias_U, accumulate);
   const auto run = [&](auto scalar) {
-    gradients_of(checked_head<decltype(scalar)>(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature), nullptr, lse_N,
-                 coefficients_3N, grad_hidden_NH, grad_weight_UH, grad_bias_U, accumulate);
+    gradients_of(checked_head<decltype(scalar)>(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature, softcap), nullptr,
+                 lse_N, coefficients_3N, grad_hidden_NH, grad_weight_UH, grad_bias_U, accumulate);
   };
   hidden_NH.scalar_type() == at::kFloat ? run(float()) : run(uint16_t());
 }
 
 void chunk_gradients(const Tensor& hidden_CH, const Tensor& weight_UH, const Tensor& columns_C, const OptionalTensor& floor_C,
                      const Tensor& lse_C, const Tensor& coefficients_3C, const Tensor& workspace, double temperature,
-                     const OptionalTensor& grad_hidden_CH, const OptionalTensor& grad_weight_UH, const OptionalTensor& grad_bias_U) {
+                     double softcap, const OptionalTensor& grad_hidden_CH, const OptionalTensor& grad_weight_UH, const OptionalTensor& grad_bias_U) {
   check_gradients(hidden_CH, weight_UH, lse_C, coefficients_3C, grad_hidden_CH, grad_weight_UH, grad_bias_U, true);
   float* logits = checked_workspace(workspace, hidden_CH, weight_UH);
   const auto run = [&](auto scalar) {
-    gradients_of(checked_head<decltype(scalar)>(hidden_CH, weight_UH, std::nullopt, columns_C, floor_C, temperature), logits, lse_C,
-                 coefficients_3C, grad_hidden_CH, grad_weight_UH, grad_bias_U, true);
+    gradients_of(checked_head<decltype(scalar)>(hidden_CH, weight_UH, std::nullopt, columns_C, floor_C, temperature, softcap), logits,
+                 lse_C, coefficients_3C, grad_hidden_CH, grad_weight_UH, grad_bias_U, true);
   };
   hidden_CH.scalar_type() == at::kFloat ? run(float()) : run(uint16_t());
 }
@@ -459,19 +465,19 @@ void chunk_gradients(const Tensor& hidden_CH, const Tensor& weight_UH, const Ten
 TORCH_LIBRARY_FRAGMENT(skyrl_mega_cpu, library) {
   library.def(
       "linear_logprobs_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor columns, Tensor? floor, float temperature, "
-      "bool with_entropy, int top_k) -> (Tensor, Tensor, Tensor)");
+      "float softcap, bool with_entropy, int top_k) -> (Tensor, Tensor, Tensor)");
   library.def(
       "linear_logprobs_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor columns, Tensor? floor, Tensor lse, "
-      "Tensor coefficients, float temperature, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, "
-      "bool accumulate) -> ()");
+      "Tensor coefficients, float temperature, float softcap, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, "
+      "Tensor(c!)? grad_bias, bool accumulate) -> ()");
   library.def("linear_logprobs_workspace_size(int num_rows, int num_columns) -> int", &skyrl_mega::workspace_size);
   library.def(
       "linear_logprobs_chunk_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor columns, Tensor? floor, "
-      "Tensor(a!) workspace, float temperature, bool with_entropy) -> Tensor");
+      "Tensor(a!) workspace, float temperature, float softcap, bool with_entropy) -> Tensor");
   library.def(
       "linear_logprobs_chunk_gradients(Tensor hidden, Tensor weight, Tensor columns, Tensor? floor, Tensor lse, "
-      "Tensor coefficients, Tensor(a!) workspace, float temperature, Tensor(b!)? grad_hidden, Tensor(c!)? grad_weight, "
-      "Tensor(d!)? grad_bias) -> ()");
+      "Tensor coefficients, Tensor(a!) workspace, float temperature, float softcap, Tensor(b!)? grad_hidden, "
+      "Tensor(c!)? grad_weight, Tensor(d!)? grad_bias) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(skyrl_mega_cpu, CPU, library) {

@@ -103,6 +103,28 @@ static void gemm_tile(bool bf16, const void* a, int64_t a_stride, const void* b,
   }
 }
 
+// ---- Soft cap: a logit z becomes cap tanh(z / cap) ----
+
+// tanh within 3 ulp, +-1 at +-inf; NaN stays NaN. Below 0.625 an odd polynomial (fitted for the least relative error), since
+// (1 - e) / (1 + e) with e = exp(-2 |x|) loses the digits of a small result.
+VECTOR_INLINE Vec tanh(Vec x) {
+  const UintVec sign = (UintVec)x & 0x80000000u;
+  const Vec size = (Vec)((UintVec)x ^ sign), square = x * x;
+  Vec p = splat(-5.7049827e-3f);
+  p = p * square + 2.0639082e-2f;
+  p = p * square - 5.3739715e-2f;
+  p = p * square + 1.3331442e-1f;
+  p = p * square - 3.3333281e-1f;
+  const Vec small = p * square * x + x;
+  const Vec e = exp(size * -2.0f);
+  const Vec large = (Vec)((UintVec)((1.0f - e) / (1.0f + e)) | sign);
+  return size < 0.625f ? small : large;
+}
+
+static void cap_tile(float* tile, int64_t rows, float cap) {
+  for (int64_t i = 0; i < rows * kBlock; i += kLanes) store(tile + i, tanh(load(tile + i) * (1.0f / cap)) * cap);
+}
+
 // ---- Statistics of a tile ----
 
 // -1 in the lanes whose column takes part: at or above the floor, or the label's own.
@@ -213,20 +235,25 @@ static void update_topk(const float* tile, int64_t rows, int64_t first_column, i
 
 // ---- Gradient of a tile ----
 
-template <bool kSlope, bool kFloor>
-VECTOR_INLINE Vec gradient(Vec z, Vec lse, Vec a, Vec b, Vec floor, IntVec label_row, int32_t row) {
+// at_label counts in the lanes whose label is this row. kCap: z is capped, and the result is with respect to the logit before, by
+// the cap's slope 1 - tanh^2 = 1 - (z / cap)^2.
+template <bool kSlope, bool kFloor, bool kCap>
+VECTOR_INLINE Vec gradient(Vec z, Vec lse, Vec a, Vec b, Vec at_label, Vec floor, IntVec label_row, int32_t row,
+                           float inverse_cap) {
   const Vec logprob = max(splat(kExpLowest), z - lse);  // finite: 0 * -inf would be NaN
   const Vec p = exp_in_range(logprob);
   Vec slope = a;
   if constexpr (kSlope) slope = b * logprob + a;
   Vec out = slope * p;
   if constexpr (kFloor) out = included(z, floor, label_row, row) ? out : Vec{};
+  out += label_row == row ? at_label : Vec{};
+  if constexpr (kCap) out *= 1.0f - (z * inverse_cap) * (z * inverse_cap);
   return out;
 }
 
-template <bool kBf16, bool kSlope, bool kFloor>
-static void gradient_block(float* tile, int64_t rows, const BlockCoefficients& coefficients,
-                           const float* floor, const int32_t* label_rows, uint32_t* operand, char* kept, int64_t kept_stride) {
+template <bool kBf16, bool kSlope, bool kFloor, bool kCap>
+static void gradient_block(float* tile, int64_t rows, const BlockCoefficients& coefficients, const float* floor,
+                           const int32_t* label_rows, float inverse_cap, uint32_t* operand, char* kept, int64_t kept_stride) {
   for (int64_t token = 0; token < kBlock; token += kLanes) {
     const Vec lse = load(coefficients.lse + token), a = load(coefficients.a + token), b = load(coefficients.b + token);
     Vec floors = {};
@@ -238,22 +265,19 @@ static void gradient_block(float* tile, int64_t rows, const BlockCoefficients& c
     if constexpr (!kBf16) {
       for (; row < rows; row++) {
         float* place = tile + row * kBlock + token;
-        Vec d = gradient<kSlope, kFloor>(load(place), lse, a, b, floors, labels, (int32_t)row);
-        d += labels == (int32_t)row ? at_label : Vec{};
+        const Vec d = gradient<kSlope, kFloor, kCap>(load(place), lse, a, b, at_label, floors, labels, (int32_t)row, inverse_cap);
         store(place, d);
         if (kept) store((float*)(kept + row * kept_stride) + token, d);
       }
     } else {
       for (; row < rows; row += 2) {
         const float* place = tile + row * kBlock + token;
-        Vec d = gradient<kSlope, kFloor>(load(place), lse, a, b, floors, labels, (int32_t)row);
-        d += labels == (int32_t)row ? at_label : Vec{};
+        Vec d = gradient<kSlope, kFloor, kCap>(load(place), lse, a, b, at_label, floors, labels, (int32_t)row, inverse_cap);
         const UintVec first = bf16_bits(d);
         UintVec second = {};
         if (kept) store_bf16((uint16_t*)(kept + row * kept_stride) + token, first);
         if (row + 1 < rows) {
-          d = gradient<kSlope, kFloor>(load(place + kBlock), lse, a, b, floors, labels, (int32_t)row + 1);
-          d += labels == (int32_t)row + 1 ? at_label : Vec{};
+          d = gradient<kSlope, kFloor, kCap>(load(place + kBlock), lse, a, b, at_label, floors, labels, (int32_t)row + 1, inverse_cap);
           second = bf16_bits(d);
           if (kept) store_bf16((uint16_t*)(kept + (row + 1) * kept_stride) + token, second);
         }
@@ -264,27 +288,31 @@ static void gradient_block(float* tile, int64_t rows, const BlockCoefficients& c
 }
 
 template <bool kBf16>
-VECTOR_INLINE void gradient_tile_of(float* tile, int64_t rows, const BlockCoefficients& coefficients,
-                                    bool with_slope, const float* floor, const int32_t* label_rows, uint32_t* operand, char* kept,
-                                    int64_t kept_stride) {
-  if (floor == nullptr && with_slope)
-    gradient_block<kBf16, true, false>(tile, rows, coefficients, floor, label_rows, operand, kept, kept_stride);
+VECTOR_INLINE void gradient_tile_of(float* tile, int64_t rows, const BlockCoefficients& coefficients, bool with_slope,
+                                    const float* floor, const int32_t* label_rows, float inverse_cap, uint32_t* operand,
+                                    char* kept, int64_t kept_stride) {
+  if (floor == nullptr && inverse_cap != 0)
+    gradient_block<kBf16, true, false, true>(tile, rows, coefficients, floor, label_rows, inverse_cap, operand, kept, kept_stride);
+  else if (inverse_cap != 0)
+    gradient_block<kBf16, true, true, true>(tile, rows, coefficients, floor, label_rows, inverse_cap, operand, kept, kept_stride);
+  else if (floor == nullptr && with_slope)
+    gradient_block<kBf16, true, false, false>(tile, rows, coefficients, floor, label_rows, inverse_cap, operand, kept, kept_stride);
   else if (floor == nullptr)
-    gradient_block<kBf16, false, false>(tile, rows, coefficients, floor, label_rows, operand, kept, kept_stride);
+    gradient_block<kBf16, false, false, false>(tile, rows, coefficients, floor, label_rows, inverse_cap, operand, kept, kept_stride);
   else
-    gradient_block<kBf16, true, true>(tile, rows, coefficients, floor, label_rows, operand, kept, kept_stride);
+    gradient_block<kBf16, true, true, false>(tile, rows, coefficients, floor, label_rows, inverse_cap, operand, kept, kept_stride);
 }
 
 // From logits to their gradient, twice: as the operand of the GEMM that contracts over the vocabulary (float32: in the tile
 // itself; bfloat16: pairs of rows in operand[(rows + 1) / 2][kBlock]), and, unless `kept` is null, row by row for the one that
-// contracts over tokens (kept_stride in bytes).
+// contracts over tokens (kept_stride in bytes). inverse_cap: 1 / cap where the logits are capped, else 0.
 static void gradient_tile(bool bf16, float* tile, int64_t rows, const BlockCoefficients& coefficients,
-                          bool with_slope, const float* floor, const int32_t* label_rows, uint32_t* operand, char* kept,
-                          int64_t kept_stride) {
+                          bool with_slope, const float* floor, const int32_t* label_rows, float inverse_cap, uint32_t* operand,
+                          char* kept, int64_t kept_stride) {
   if (bf16)
-    gradient_tile_of<true>(tile, rows, coefficients, with_slope, floor, label_rows, operand, kept, kept_stride);
+    gradient_tile_of<true>(tile, rows, coefficients, with_slope, floor, label_rows, inverse_cap, operand, kept, kept_stride);
   else
-    gradient_tile_of<false>(tile, rows, coefficients, with_slope, floor, label_rows, operand, kept, kept_stride);
+    gradient_tile_of<false>(tile, rows, coefficients, with_slope, floor, label_rows, inverse_cap, operand, kept, kept_stride);
 }
 
 // ---- Small ones ----

@@ -1,31 +1,17 @@
 // Segmented reverse scan and generalised advantage estimation over packed sequences, float32: one pass over the tokens, threads
 // over sequences. The contract is in segmented_gae/api.py; the mathematics of the scan in segmented_scan_kernels.h.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
+
+#include "sequences.h"
 
 #define SKYRL_MEGA_KERNELS "segmented_scan_kernels.h"
 #include "for_each_isa.h"
 
 namespace skyrl_mega {
 namespace {
-
-constexpr int64_t kTokensPerTask = 16384;  // about 20 microseconds of work: less is not worth a thread
-
-// Calls task(s) for every sequence s. Threads get equal shares of tokens, not of sequences: a sequence belongs to the thread in whose
-// share its first token lies. Empty sequences at the very end belong to nobody and need nothing.
-template <class Task>
-void for_each_sequence(const at::Tensor& cu_seqlens, int64_t num_tokens, const Task& task) {
-  const int64_t* borders = cu_seqlens.const_data_ptr<int64_t>();
-  const int64_t num_sequences = cu_seqlens.numel() - 1;
-  at::parallel_for(0, num_tokens, kTokensPerTask, [&](int64_t first, int64_t last) {
-    int64_t s = std::lower_bound(borders, borders + num_sequences, first) - borders;
-    for (; s < num_sequences && borders[s] < last; s++) task(s);
-  });
-}
 
 void check_tokens(const at::Tensor& tensor, int64_t num_tokens) {
   TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == num_tokens,

@@ -27,6 +27,8 @@ from skyrl_mega_kernels.linear_logprobs import triton as linear
 from skyrl_mega_kernels.linear_logprobs import triton_kernels as linear_kernels
 from skyrl_mega_kernels.logits_logprobs import triton as logits
 from skyrl_mega_kernels.logits_logprobs import triton_kernels as logits_kernels
+from skyrl_mega_kernels.policy_loss import triton as policy_loss
+from skyrl_mega_kernels.policy_loss import triton_kernels as policy_loss_kernels
 from skyrl_mega_kernels.segmented_gae import triton as scan
 from skyrl_mega_kernels.segmented_gae import triton_kernels as scan_kernels
 from skyrl_mega_kernels.triton_targets import DTYPES, Chip, occupancy
@@ -36,9 +38,12 @@ _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 _ARGUMENTS = {
     **dict.fromkeys(("hidden", "weight", "bias", "logits", "gradients", "left", "right"), "**"),
     **dict.fromkeys(("floors", "partials", "packed", "lses", "coefficients", "top_logits", "decay", "values", "out"), "*fp32"),
+    **dict.fromkeys(("logprobs", "denominators", "advantages", "weights", "loss_weights", "gradient", "sums"), "*fp32"),
+    **dict.fromkeys(("loss_mask", "marked"), "*u8"),
+    **dict.fromkeys(("option_0", "option_1", "option_2"), "fp32"),
     **dict.fromkeys(("label_columns", "top_columns", "cu_seqlens"), "*i64"),
     **dict.fromkeys(("has_bias", "has_floor", "with_entropy", "accumulate"), "u1"),
-    "scale": "fp32",
+    **dict.fromkeys(("scale", "cap"), "fp32"),
 }
 _SASS_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
 
@@ -108,6 +113,14 @@ def variants(chip: Chip) -> Iterator[Variant]:
     yield from _logits_variants(chip)
     scan_tile = linear.Tile(1, scan.BLOCK, 0, scan.NUM_WARPS, 1)
     yield _plain("segmented_scan", scan_kernels.segmented_scan, chip, torch.float32, scan_tile, dict(BLOCK=scan.BLOCK))
+    loss_tile = linear.Tile(1, policy_loss.BLOCK, 0, policy_loss.NUM_WARPS, 1)
+    for whole, function in (
+        (False, policy_loss_kernels.token_policy_loss),
+        (True, policy_loss_kernels.sequence_policy_loss),
+    ):
+        for name in policy_loss.COMPILED[whole]:
+            constexprs = dict(LOSS=name, BLOCK=policy_loss.BLOCK)
+            yield _plain("policy_loss", function, chip, torch.float32, loss_tile, constexprs)
 
 
 def inspect(variant: Variant) -> Inspection:

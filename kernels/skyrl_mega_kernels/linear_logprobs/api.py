@@ -32,6 +32,7 @@ def linear_logprobs(
     chunk_tokens: int = 1024,
     batch_invariant: bool = False,
     backend: str = "auto",
+    logit_softcap: float | None = None,
 ) -> LogprobsOutput:
     """Log-probabilities of `labels` under softmax((hidden @ weight.T + bias) / temperature), never holding the [T, V] logits.
 
@@ -57,6 +58,9 @@ def linear_logprobs(
     same bits whatever else is in the batch (always so on cpu and triton; the reference computes whole chunks then).
     `backend`: auto, reference, cpu, triton; see `skyrl_mega_kernels.backends`.
 
+    `logit_softcap`: logits z become logit_softcap * tanh(z / logit_softcap) before they are tempered (Gemma 2,
+    arXiv:2408.00118, section 2).
+
     Raises ValueError for shapes, dtypes or settings that do not fit, and for a label outside [0, vocab_size) in a row that
     counts; BackendUnavailableError for a backend that can't run here.
     Method: online softmax merged across shards, arXiv:1805.02867; recomputing backward, arXiv:2411.09009.
@@ -70,9 +74,16 @@ def linear_logprobs(
         raise ValueError(f"top_k ({top_k}) must be 0 (none) or the number of tokens wanted.")
     outputs = linear_logprobs_op(
         *(hidden, weight, bias, labels, loss_mask, floor, float(temperature), shard.start, shard.vocab_size, shard.group),
-        *(sequence_parallel, return_entropy, top_k, chunk_tokens, batch_invariant, backend),
+        *(sequence_parallel, return_entropy, top_k, chunk_tokens, batch_invariant, backend, checked_softcap(logit_softcap)),
     )
     return asked_for(outputs, return_entropy, top_k)
+
+
+def checked_softcap(logit_softcap: float | None) -> float:
+    """The cap, 0.0 for none. Raises ValueError."""
+    if logit_softcap is not None and logit_softcap <= 0:
+        raise ValueError(f"logit_softcap ({logit_softcap}) must be positive, or None for none.")
+    return float(logit_softcap or 0.0)
 
 
 def check_head(

@@ -46,6 +46,7 @@ def statistics(
     with_entropy: bool,
     top_k: int,
     chunk_tokens: int,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(packed_4N, topk_logits_NK, topk_columns_NK): max, sum exp(z - max), sum (z - max) exp(z - max) and z[label] of each row.
 
@@ -53,7 +54,7 @@ def statistics(
     """
     extension.load("_C")
     packed_4N, topk_logits_NK, topk_columns_NK = torch.ops.skyrl_mega_cpu.linear_logprobs_statistics(
-        hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature, with_entropy, top_k
+        hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature, softcap, with_entropy, top_k
     )
     return (packed_4N, topk_logits_NK, topk_columns_NK) if top_k else (packed_4N, None, None)
 
@@ -73,6 +74,7 @@ def gradients(
     grad_bias_U: torch.Tensor | None,
     accumulate: bool,
     chunk_tokens: int,
+    softcap: float = 0.0,
 ) -> None:
     """Fills the wanted gradients of sum over rows and columns of z's with d / d z_j = p_j (a + b (z_j - lse)) + c [j == label].
 
@@ -81,7 +83,7 @@ def gradients(
     """
     extension.load("_C")
     torch.ops.skyrl_mega_cpu.linear_logprobs_gradients(
-        *(hidden_NH, weight_UH, bias_U, columns_N, floor_N, lse_N, coefficients_3N, temperature),
+        *(hidden_NH, weight_UH, bias_U, columns_N, floor_N, lse_N, coefficients_3N, temperature, softcap),
         *(grad_hidden_NH, grad_weight_UH, grad_bias_U, accumulate),
     )
 
@@ -102,11 +104,12 @@ def chunk_statistics(
     *,
     temperature: float,
     with_entropy: bool,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """packed_4C as `statistics` has it; the chunk's logits stay in `workspace`."""
     extension.load("_C")
     return torch.ops.skyrl_mega_cpu.linear_logprobs_chunk_statistics(
-        hidden_CH, weight_UH, bias_U, columns_C, floor_C, workspace, temperature, with_entropy
+        hidden_CH, weight_UH, bias_U, columns_C, floor_C, workspace, temperature, softcap, with_entropy
     )
 
 
@@ -123,10 +126,11 @@ def chunk_gradients(
     grad_hidden_CH: torch.Tensor | None,
     grad_weight_UH: torch.Tensor | None,
     grad_bias_U: torch.Tensor | None,
+    softcap: float = 0.0,
 ) -> None:
     """As `gradients` with accumulate=True, from the logits that `chunk_statistics` left in `workspace`; destroys them."""
     extension.load("_C")
     torch.ops.skyrl_mega_cpu.linear_logprobs_chunk_gradients(
-        *(hidden_CH, weight_UH, columns_C, floor_C, lse_C, coefficients_3C, workspace, temperature),
+        *(hidden_CH, weight_UH, columns_C, floor_C, lse_C, coefficients_3C, workspace, temperature, softcap),
         *(grad_hidden_CH, grad_weight_UH, grad_bias_U),
     )

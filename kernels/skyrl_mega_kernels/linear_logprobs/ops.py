@@ -62,6 +62,7 @@ def linear_logprobs_op(
     chunk_tokens: int,
     batch_invariant: bool,
     backend: str,
+    logit_softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprobs [T], entropy [T] or [0], lse [T], topk_logprobs [T, K], topk_ids [T, K]); 0 and -1 in rows that do not count."""
     shard = VocabShard(vocab_start, vocab_size, tp_group)
@@ -70,7 +71,8 @@ def linear_logprobs_op(
     check_labels(rows.labels, vocab_size)
     module = OPERATOR.select(hidden.device, hidden.dtype, backend)
     merged = merged_statistics(
-        module, rows, weight, bias, shard, temperature, return_entropy, top_k, chunk_tokens, batch_invariant
+        *(module, rows, weight, bias, shard, temperature),
+        *(return_entropy, top_k, chunk_tokens, batch_invariant, logit_softcap),
     )
 
     logprobs = scatter_rows(merged.logprobs, rows.index, num_tokens)
@@ -104,6 +106,7 @@ def merged_statistics(
     top_k: int,
     chunk_tokens: int,
     batch_invariant: bool,
+    logit_softcap: float,
 ) -> MergedStatistics:
     """Statistics of the counting rows over the whole vocabulary, by the backend `module`; collective over the shards' group."""
     num_valid, num_rows = shard.num_valid(weight.shape[0]), rows.labels.shape[0]
@@ -123,6 +126,7 @@ def merged_statistics(
             with_entropy=with_entropy,
             top_k=top_k,
             chunk_tokens=chunk_tokens,
+            softcap=logit_softcap,
         )
         packed_4N = packed_4N[:, :num_rows]
         if topk_logits_NK is not None and topk_columns_NK is not None:
@@ -155,6 +159,7 @@ def linear_logprobs_backward_op(
     chunk_tokens: int,
     batch_invariant: bool,
     backend: str,
+    logit_softcap: float,
 ) -> torch.Tensor:
     """The gradient of `hidden` (an empty tensor unless it is needed); `grad_weight` and `grad_bias` are filled or added to.
 
@@ -193,6 +198,7 @@ def linear_logprobs_backward_op(
             grad_bias_U=grad_bias_U,
             accumulate=accumulate,
             chunk_tokens=chunk_tokens,
+            softcap=logit_softcap,
         )
         if padded_grad_NH is not None:
             grad_hidden_NH = padded_grad_NH[:num_rows]
@@ -216,7 +222,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_logprobs, grad_entropy, grad_lse, _grad_topk, _grad_ids):
     hidden, weight, bias, labels, loss_mask, floor, lse, entropy = ctx.saved_tensors
-    temperature, vocab_start, vocab_size, tp_group, sequence_parallel, return_entropy, _, chunk, invariant, backend = ctx.settings
+    temperature, vocab_start, vocab_size, tp_group, sequence_parallel, return_entropy, _, chunk, invariant, *last = ctx.settings
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_weight, accumulate = weight_grad_buffer(weight) if needs_weight else (None, False)
     grad_bias = None
@@ -226,13 +232,13 @@ def _backward(ctx, grad_logprobs, grad_entropy, grad_lse, _grad_topk, _grad_ids)
         *(hidden, weight, bias, labels, loss_mask, floor, lse),
         fold_coefficients(grad_logprobs, grad_lse, grad_entropy if return_entropy else None, entropy),
         *(temperature, vocab_start, vocab_size, tp_group, sequence_parallel, needs_hidden),
-        *(grad_weight, grad_bias, accumulate, chunk, invariant, backend),
+        *(grad_weight, grad_bias, accumulate, chunk, invariant, *last),
     )
     return (
         grad_hidden if needs_hidden else None,
         None if accumulate else grad_weight,
         None if grad_bias is None else grad_bias.to(bias.dtype),
-        *[None] * 13,
+        *[None] * 14,
     )
 
 

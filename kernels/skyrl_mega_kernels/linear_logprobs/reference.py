@@ -34,6 +34,7 @@ def statistics(
     with_entropy: bool,
     top_k: int,
     chunk_tokens: int,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(packed_4N, topk_logits_NK, topk_columns_NK): max, sum exp(z - max), sum (z - max) exp(z - max) and z[label] of each row.
 
@@ -42,7 +43,7 @@ def statistics(
     packed_4N = empty_statistics(hidden_NH, hidden_NH.shape[0])
     topk = (packed_4N.new_empty(hidden_NH.shape[0], top_k), columns_N.new_empty(columns_N.shape[0], top_k)) if top_k else None
     for rows in row_chunks(hidden_NH.shape[0], chunk_tokens):
-        logits_CU = chunk_logits(hidden_NH[rows], weight_UH, bias_U, temperature)
+        logits_CU = chunk_logits(hidden_NH[rows], weight_UH, bias_U, temperature, softcap)
         if topk is not None:
             topk[0][rows], topk[1][rows] = top_logits(logits_CU, top_k)
         apply_floor(logits_CU, columns_N[rows], None if floor_N is None else floor_N[rows])
@@ -66,6 +67,7 @@ def gradients(
     grad_bias_U: torch.Tensor | None,
     accumulate: bool,
     chunk_tokens: int,
+    softcap: float = 0.0,
 ) -> None:
     """Fills the wanted gradients; see `grad_logits` for the coefficients.
 
@@ -79,17 +81,20 @@ def gradients(
     if grad_bias_U is not None and not accumulate:
         grad_bias_U.zero_()
     for rows in row_chunks(hidden_NH.shape[0], chunk_tokens):
-        logits_CU = chunk_logits(hidden_NH[rows], weight_UH, bias_U, temperature)
+        logits_CU = chunk_logits(hidden_NH[rows], weight_UH, bias_U, temperature, softcap)
+        slope_CU = cap_slope(logits_CU, temperature, softcap) if softcap else None
         apply_floor(logits_CU, columns_N[rows], None if floor_N is None else floor_N[rows])
+        grad_CU = grad_logits(logits_CU, columns_N[rows], lse_N[rows], coefficients_3N[:, rows], floor_N is not None)
+        grad_CU.div_(temperature)
         _accumulate_chunk(
-            grad_logits(logits_CU, columns_N[rows], lse_N[rows], coefficients_3N[:, rows], floor_N is not None).div_(temperature),
+            grad_CU if slope_CU is None else grad_CU.mul_(slope_CU),
             hidden_NH[rows],
             weight_UH,
             None if grad_hidden_NH is None else grad_hidden_NH[rows],
             summed_UH,
             grad_bias_U,
         )
-        del logits_CU
+        del logits_CU, grad_CU, slope_CU
     if grad_weight_UH is not None and summed_UH is not grad_weight_UH:
         grad_weight_UH.copy_(summed_UH)
 
@@ -112,10 +117,11 @@ def chunk_statistics(
     *,
     temperature: float,
     with_entropy: bool,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """packed_4C as `statistics` has it; the chunk's tempered logits stay in `workspace`."""
     logits_CU = workspace[: hidden_CH.shape[0] * weight_UH.shape[0]].view(hidden_CH.shape[0], weight_UH.shape[0])
-    logits_CU.copy_(chunk_logits(hidden_CH, weight_UH, bias_U, temperature))
+    logits_CU.copy_(chunk_logits(hidden_CH, weight_UH, bias_U, temperature, softcap))
     apply_floor(logits_CU, columns_C, floor_C)
     packed_4C = empty_statistics(hidden_CH, hidden_CH.shape[0])
     reduce_logits(logits_CU.clone(), columns_C, with_entropy, floor_C is not None, out_4C=packed_4C)
@@ -135,10 +141,14 @@ def chunk_gradients(
     grad_hidden_CH: torch.Tensor | None,
     grad_weight_UH: torch.Tensor | None,
     grad_bias_U: torch.Tensor | None,
+    softcap: float = 0.0,
 ) -> None:
     """As `gradients` with accumulate=True, from the logits that `chunk_statistics` left in `workspace`; destroys them."""
     logits_CU = workspace[: hidden_CH.shape[0] * weight_UH.shape[0]].view(hidden_CH.shape[0], weight_UH.shape[0])
+    slope_CU = cap_slope(logits_CU, temperature, softcap) if softcap else None
     grad_CU = grad_logits(logits_CU, columns_C, lse_C, coefficients_3C, floor_C is not None).div_(temperature)
+    if slope_CU is not None:
+        grad_CU.mul_(slope_CU)
     _accumulate_chunk(grad_CU, hidden_CH, weight_UH, grad_hidden_CH, grad_weight_UH, grad_bias_U)
 
 
@@ -151,14 +161,24 @@ def row_chunks(num_rows: int, chunk_tokens: int) -> list[slice]:
 
 
 def chunk_logits(
-    hidden_CH: torch.Tensor, weight_UH: torch.Tensor, bias_U: torch.Tensor | None, temperature: float
+    hidden_CH: torch.Tensor, weight_UH: torch.Tensor, bias_U: torch.Tensor | None, temperature: float, softcap: float = 0.0
 ) -> torch.Tensor:
     """Tempered logits of one chunk in the softmax's dtype; the matmul itself runs in the inputs' dtype."""
     logits_CU = hidden_CH @ weight_UH.t()
     logits_CU = logits_CU.to(torch.promote_types(logits_CU.dtype, torch.float32))
     if bias_U is not None:
         logits_CU += bias_U
-    return logits_CU.div_(temperature)
+    return cap_logits(logits_CU, softcap).div_(temperature)
+
+
+def cap_logits(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """softcap * tanh(logits / softcap) in place (arXiv:2408.00118 section 2); untouched where `softcap` is 0."""
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+
+def cap_slope(tempered: torch.Tensor, temperature: float, softcap: float) -> torch.Tensor:
+    """The cap's derivative, from logits that are capped and tempered; 0 where they are -inf."""
+    return 1 - (tempered * (temperature / softcap)).clamp_(-1, 1).square_()
 
 
 def apply_floor(logits_CU: torch.Tensor, columns_C: torch.Tensor, floor_C: torch.Tensor | None) -> None:

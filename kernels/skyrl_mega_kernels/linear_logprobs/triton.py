@@ -97,6 +97,7 @@ def statistics(
     with_entropy: bool,
     top_k: int,
     chunk_tokens: int,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(packed_4N float32, topk_logits_NK, topk_columns_NK); the last two None unless top_k > 0.
 
@@ -105,7 +106,7 @@ def statistics(
     to memory and read once more; otherwise `chunk_tokens` means nothing here.
     """
     if not top_k:
-        return _statistics(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature, with_entropy), None, None
+        return _statistics(hidden_NH, weight_UH, bias_U, columns_N, floor_N, temperature, softcap, with_entropy), None, None
     num_rows, num_columns = hidden_NH.shape[0], weight_UH.shape[0]
     size = _padded(min(chunk_tokens, num_rows)) * _padded(num_columns)
     kept = torch.empty(size, dtype=torch.float32, device=hidden_NH.device)
@@ -114,7 +115,7 @@ def statistics(
         rows = slice(start, min(start + chunk_tokens, num_rows))
         floor = None if floor_N is None else floor_N[rows]
         packed = _statistics(
-            *(hidden_NH[rows], weight_UH, bias_U, columns_N[rows], floor, temperature, with_entropy), kept=kept, keep=1
+            *(hidden_NH[rows], weight_UH, bias_U, columns_N[rows], floor, temperature, softcap, with_entropy), kept=kept, keep=1
         )
         logits = kept.view(-1, _padded(num_columns))[: rows.stop - start, :num_columns]
         _, values, columns = logits_logprobs.statistics(
@@ -140,6 +141,7 @@ def gradients(
     grad_bias_U: torch.Tensor | None,
     accumulate: bool,
     chunk_tokens: int,
+    softcap: float = 0.0,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> None:
     """Fills the outputs that are not None from dz = p (a + b (z - lse)) + c [column], coefficients (a, b, c) per row.
@@ -174,7 +176,7 @@ def gradients(
                 *(hidden_NH[rows], weight_UH, weight_UH if bias_U is None else bias_U, columns_N[rows]),
                 *(lse_N if floor_N is None else floor_N[rows], lse_N[rows], coefficients_3N[:, rows], workspace),
                 *(block, num_columns, hidden_size, coefficients_3N.stride(0), slice_start, stride),
-                *(bias_U is not None, floor_N is not None, 1.0 / temperature),
+                *(bias_U is not None, floor_N is not None, 1.0 / temperature, softcap / temperature),
                 **dot_settings(tile, chip, hidden_NH.dtype, aligned),
                 BLOCK_N=tile.rows,
                 BLOCK_U=tile.columns,
@@ -207,10 +209,13 @@ def chunk_statistics(
     *,
     temperature: float,
     with_entropy: bool,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """packed_4C as `statistics` gives it; leaves the chunk's exact float32 logits in `workspace`."""
     kept, keep = _kept_view(workspace, hidden_CH, weight_UH)
-    return _statistics(*(hidden_CH, weight_UH, bias_U, columns_C, floor_C, temperature, with_entropy), kept=kept, keep=keep)
+    return _statistics(
+        *(hidden_CH, weight_UH, bias_U, columns_C, floor_C, temperature, softcap, with_entropy), kept=kept, keep=keep
+    )
 
 
 def chunk_gradients(
@@ -226,6 +231,7 @@ def chunk_gradients(
     grad_hidden_CH: torch.Tensor | None,
     grad_weight_UH: torch.Tensor | None,
     grad_bias_U: torch.Tensor | None,
+    softcap: float = 0.0,
 ) -> None:
     """As `gradients`, from the logits in `workspace`, which it destroys. Adds to grad_weight and grad_bias (float32)."""
     from skyrl_mega_kernels.linear_logprobs import triton_kernels
@@ -239,7 +245,7 @@ def chunk_gradients(
         *(triton_kernels.kept_gradients, (_padded(num_rows) // KEPT_TILE.rows, stride // KEPT_TILE.columns), kept.device),
         *(columns_C, lse_C if floor_C is None else floor_C, lse_C, coefficients_3C, kept, dz),
         *(num_rows, weight_UH.shape[0], coefficients_3C.stride(0), stride, _padded(num_rows) * stride),
-        *(floor_C is not None, 1.0 / temperature),
+        *(floor_C is not None, 1.0 / temperature, softcap / temperature),
         num_warps=KEPT_TILE.num_warps,
         num_stages=KEPT_TILE.num_stages,
         BLOCK_N=KEPT_TILE.rows,
@@ -259,7 +265,7 @@ def chunk_gradients(
 # -- launches ---------------------------------------------------------------------------------------------------------------
 
 
-def _statistics(hidden, weight, bias, columns, floor, temperature, with_entropy, *, kept=None, keep=0) -> torch.Tensor:
+def _statistics(hidden, weight, bias, columns, floor, temperature, softcap, with_entropy, *, kept=None, keep=0) -> torch.Tensor:
     """packed [4, rows]; with `keep` the logits go to `kept`."""
     from skyrl_mega_kernels.linear_logprobs import triton_kernels
     from skyrl_mega_kernels.triton_jit import launch
@@ -277,7 +283,7 @@ def _statistics(hidden, weight, bias, columns, floor, temperature, with_entropy,
         *(triton_kernels.statistics_partials, (_ceil_div(num_rows, tile.rows) * num_splits,), hidden.device),
         *(hidden, weight, weight if bias is None else bias, columns, partials if floor is None else floor, partials),
         *(partials if kept is None else kept, num_rows, num_columns, hidden_size, columns_per_split, num_splits),
-        *(stride, _padded(num_rows) * stride, bias is not None, floor is not None, 1.0 / temperature),
+        *(stride, _padded(num_rows) * stride, bias is not None, floor is not None, 1.0 / temperature, softcap / temperature),
         **dot_settings(tile, chip, hidden.dtype, aligned),
         BLOCK_N=tile.rows,
         BLOCK_U=tile.columns,

@@ -98,6 +98,26 @@ def _logits_tile(
 
 
 @triton.jit
+def _tanh(x):
+    """tanh by exp; near 0, where 1 - exp(-2 |x|) has lost the digits of the result, an odd polynomial of least relative error."""
+    size = tl.abs(x)
+    square = x * x
+    p = ((-5.7049827e-3 * square + 2.0639082e-2) * square - 5.3739715e-2) * square + 1.3331442e-1
+    small = (p * square - 3.3333281e-1) * square * x + x
+    e = tl.exp(-2.0 * size)
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(size < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _capped(logits, cap):
+    """cap tanh(z / cap) where cap > 0, else the logits as they are."""
+    if cap > 0:
+        logits = cap * _tanh(logits * (1.0 / cap))
+    return logits
+
+
+@triton.jit
 def _included(logits, columns, label, floor, U):
     """Columns that count: real ones with logit >= floor, and the label's own; a logit of -inf has no share in any case."""
     above = (logits >= floor[:, None]) & (logits > -float("inf"))
@@ -105,13 +125,17 @@ def _included(logits, columns, label, floor, U):
 
 
 @triton.jit
-def _gradient_tile(logits, columns, label, floor, lse, a, b, c, U):
-    """dz = p (a + b (z - lse)) + c [label], 0 where a column is excluded."""
+def _gradient_tile(logits, columns, label, floor, lse, a, b, c, U, cap):
+    """dz = p (a + b (z - lse)) + c [label], 0 where a column is excluded; cap > 0: of the logit before it was capped."""
     included = _included(logits, columns, label, floor, U) & (logits > -float("inf"))
     logprobs = tl.where(included, logits - lse[:, None], 0.0)
     probs = tl.where(included, tl.exp(logprobs), 0.0)
     at_label = tl.where(columns[None, :] == label[:, None], c[:, None], 0.0)
-    return probs * (a[:, None] + b[:, None] * logprobs) + at_label
+    gradient = probs * (a[:, None] + b[:, None] * logprobs) + at_label
+    if cap > 0:
+        tanh = logits * (1.0 / cap)
+        gradient = gradient * (1.0 - tanh * tanh)
+    return gradient
 
 
 @jit
@@ -133,6 +157,7 @@ def statistics_partials(
     has_bias,
     has_floor,
     scale,
+    cap,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -167,6 +192,7 @@ def statistics_partials(
         logits = _logits_tile(
             hidden, weight, bias, row_start, column_start, N, U, H, has_bias, scale, BLOCK_N, BLOCK_U, BLOCK_H, ALIGNED, PRECISION
         )
+        logits = _capped(logits, cap)
         columns = column_start + tl.arange(0, BLOCK_U)
         if KEEP != 0:
             tile = tl.arange(0, BLOCK_N)[:, None] * kept_stride + tl.arange(0, BLOCK_U)[None, :]
@@ -245,6 +271,7 @@ def recomputed_gradients(
     has_bias,
     has_floor,
     scale,
+    cap,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -263,6 +290,7 @@ def recomputed_gradients(
     logits = _logits_tile(
         hidden, weight, bias, row_start, column_start, N, U, H, has_bias, scale, BLOCK_N, BLOCK_U, BLOCK_H, ALIGNED, PRECISION
     )
+    logits = _capped(logits, cap)
     rows = row_start + tl.arange(0, BLOCK_N)
     columns = slice_start + within + tl.arange(0, BLOCK_U)
     inside = rows < N
@@ -272,7 +300,7 @@ def recomputed_gradients(
     a = tl.load(coefficients + rows, mask=inside, other=0.0)
     b = tl.load(coefficients + coefficient_stride + rows, mask=inside, other=0.0)
     c = tl.load(coefficients + 2 * coefficient_stride + rows, mask=inside, other=0.0)
-    gradient = _gradient_tile(logits, columns, label, floor, lse, a, b, c, U) * scale
+    gradient = _gradient_tile(logits, columns, label, floor, lse, a, b, c, U, cap) * scale
     gradient = tl.where(inside[:, None], gradient, 0.0)
     tile = tl.arange(0, BLOCK_N)[:, None] * stride + tl.arange(0, BLOCK_U)[None, :]
     tl.store(_corner(gradients, row_start, within, stride) + tile, gradient.to(gradients.dtype.element_ty))
@@ -293,6 +321,7 @@ def kept_gradients(
     plane,
     has_floor,
     scale,
+    cap,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
     KEEP: tl.constexpr,
@@ -317,7 +346,7 @@ def kept_gradients(
     a = tl.load(coefficients + rows, mask=inside, other=0.0)
     b = tl.load(coefficients + coefficient_stride + rows, mask=inside, other=0.0)
     c = tl.load(coefficients + 2 * coefficient_stride + rows, mask=inside, other=0.0)
-    gradient = _gradient_tile(logits, columns, label, floor, lse, a, b, c, U) * scale
+    gradient = _gradient_tile(logits, columns, label, floor, lse, a, b, c, U, cap) * scale
     gradient = tl.where(inside[:, None] & (columns < U)[None, :], gradient, 0.0)
     tl.store(_corner(gradients, row_start, column_start, stride) + tile, gradient.to(gradients.dtype.element_ty))
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from skyrl_mega_kernels.backends import Operator
-from skyrl_mega_kernels.linear_logprobs.api import check_head
+from skyrl_mega_kernels.linear_logprobs.api import check_head, checked_softcap
 from skyrl_mega_kernels.linear_logprobs.ops import (
     Rows,
     counting_rows,
@@ -61,6 +61,7 @@ def linear_policy_loss(
     return_entropy: bool = False,
     chunk_tokens: int = 1024,
     backend: str = "auto",
+    logit_softcap: float | None = None,
 ) -> LinearPolicyLossOutput:
     """The sum of `loss_fn` over chunks of at most `chunk_tokens` tokens that count, differentiable in hidden, weight and bias.
 
@@ -83,7 +84,8 @@ def linear_policy_loss(
     )
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens ({chunk_tokens}) must be at least 1.")
-    head = _Head(shard, float(temperature), sequence_parallel, return_entropy, chunk_tokens, backend)
+    softcap = checked_softcap(logit_softcap)
+    head = _Head(shard, float(temperature), sequence_parallel, return_entropy, chunk_tokens, backend, softcap)
     collected: list[Any] = []
     with_grad = torch.is_grad_enabled()
     loss = _LinearPolicyLoss.apply(hidden, weight, bias, labels, loss_mask, floor, head, loss_fn, with_grad, collected)
@@ -99,6 +101,7 @@ class _Head(NamedTuple):
     return_entropy: bool
     chunk_tokens: int
     backend: str
+    logit_softcap: float
 
 
 class _Gradients(NamedTuple):
@@ -182,6 +185,7 @@ def _run_chunks(
                 *(hidden_CH, weight_UH, bias_U, columns_C, floor_C, workspace),
                 temperature=head.temperature,
                 with_entropy=head.return_entropy,
+                softcap=head.logit_softcap,
             )
         merged = merge(packed_4C, None, None, shard, with_entropy=head.return_entropy)
         chunk_loss, kept, coefficients_3C = _chunk_loss(loss_fn, index_N[chunk], merged.logprobs, merged.entropy)
@@ -194,6 +198,7 @@ def _run_chunks(
                 grad_hidden_CH=None if grads.hidden_NH is None else grads.hidden_NH[chunk],
                 grad_weight_UH=None if grads.weight_VH is None else grads.weight_VH[:num_valid],
                 grad_bias_U=None if grads.bias_V is None else grads.bias_V[:num_valid],
+                softcap=head.logit_softcap,
             )
     return loss
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from skyrl_mega_kernels.linear_logprobs.api import check_head
+from skyrl_mega_kernels.linear_logprobs.api import check_head, checked_softcap
 from skyrl_mega_kernels.topk_logprobs.ops import topk_logprobs_op
 
 
@@ -38,6 +38,7 @@ def topk_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 1024,
     backend: str = "auto",
+    logit_softcap: float | None = None,
 ) -> TopkLogprobsOutput:
     """The K likeliest tokens of each position and their log-probabilities over the whole vocabulary, descending.
 
@@ -45,7 +46,8 @@ def topk_logprobs(
     """
     if k < 1:
         raise ValueError(f"k ({k}) must be at least 1.")
-    return _run(hidden, weight, None, k, temperature, bias, loss_mask, vocab_start, vocab_size, tp_group, chunk_tokens, backend)
+    place = (vocab_start, vocab_size, tp_group)
+    return _run(hidden, weight, None, k, temperature, bias, loss_mask, *place, chunk_tokens, backend, logit_softcap)
 
 
 def logprobs_at(
@@ -61,6 +63,7 @@ def logprobs_at(
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 1024,
     backend: str = "auto",
+    logit_softcap: float | None = None,
 ) -> TopkLogprobsOutput:
     """Log-probabilities at given tokens: a student at its teacher's top-k, say. ids int64 [T, K] are global token ids.
 
@@ -69,13 +72,12 @@ def logprobs_at(
     """
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[0] != hidden.shape[0]:
         raise ValueError(f"ids must be int64 [{hidden.shape[0]}, K]; got {ids.dtype} {tuple(ids.shape)}.")
-    return _run(
-        hidden, weight, ids, ids.shape[1], temperature, bias, loss_mask, vocab_start, vocab_size, tp_group, chunk_tokens, backend
-    )
+    place = (vocab_start, vocab_size, tp_group)
+    return _run(hidden, weight, ids, ids.shape[1], temperature, bias, loss_mask, *place, chunk_tokens, backend, logit_softcap)
 
 
 def _run(
-    hidden, weight, ids, k, temperature, bias, loss_mask, vocab_start, vocab_size, tp_group, chunk_tokens, backend
+    hidden, weight, ids, k, temperature, bias, loss_mask, vocab_start, vocab_size, tp_group, chunk_tokens, backend, logit_softcap
 ) -> TopkLogprobsOutput:
     no_labels = torch.zeros(hidden.shape[:1], dtype=torch.int64, device=hidden.device)
     shard = check_head(
@@ -86,6 +88,6 @@ def _run(
     return TopkLogprobsOutput(
         *topk_logprobs_op(
             *(hidden, weight, bias, ids, k, loss_mask, float(temperature)),
-            *(shard.start, shard.vocab_size, shard.group, chunk_tokens, backend),
+            *(shard.start, shard.vocab_size, shard.group, chunk_tokens, backend, checked_softcap(logit_softcap)),
         )
     )

@@ -24,7 +24,7 @@ from skyrl_mega_kernels.linear_logprobs.ops import (
     softmax_dtype,
     weight_grad_buffer,
 )
-from skyrl_mega_kernels.linear_logprobs.reference import row_chunks
+from skyrl_mega_kernels.linear_logprobs.reference import cap_logits, cap_slope, row_chunks
 from skyrl_mega_kernels.vocab_parallel import VocabShard, sum_over_ranks
 
 OPERATOR = Operator("topk_logprobs", ("cpu", "triton", "reference"), package="linear_logprobs")
@@ -47,6 +47,7 @@ def topk_logprobs_op(
     tp_group: str,
     chunk_tokens: int,
     backend: str,
+    logit_softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprobs [T, K], ids [T, K], lse [T]); the K likeliest tokens, or those given."""
     shard = VocabShard(vocab_start, vocab_size, tp_group)
@@ -57,12 +58,13 @@ def topk_logprobs_op(
         raise ValueError(f"ids must lie in [0, {vocab_size}), or be -1 for none, wherever loss_mask is True.")
     module = OPERATOR.select(hidden.device, hidden.dtype, backend)
     merged = merged_statistics(
-        module, rows, weight, bias, shard, temperature, False, k if ids is None else 0, chunk_tokens, batch_invariant=False
+        *(module, rows, weight, bias, shard, temperature),
+        *(False, k if ids is None else 0, chunk_tokens, False, logit_softcap),
     )
     if ids_NK is None:
         logits_NK, ids_NK = merged.topk_logits, merged.topk_ids
     else:
-        logits_NK = _logits_at(rows.hidden, weight, bias, ids_NK, shard, temperature)
+        logits_NK = _logits_at(rows.hidden, weight, bias, ids_NK, shard, temperature, logit_softcap)
     return (
         scatter_rows(logits_NK - merged.lse.unsqueeze(1), rows.index, num_tokens),
         scatter_rows(ids_NK + 1, rows.index, num_tokens) - 1,
@@ -118,15 +120,15 @@ def _(hidden, weight, ids, grad_logits, *settings):
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, _, _, loss_mask, *settings = inputs
-    _, ids, lse = output
-    ctx.save_for_backward(hidden, weight, bias, loss_mask, ids, lse)
+    logprobs, ids, lse = output
+    ctx.save_for_backward(hidden, weight, bias, loss_mask, ids, lse, logprobs)
     ctx.mark_non_differentiable(ids)
     ctx.settings = settings
 
 
 def _backward(ctx, grad_logprobs, _grad_ids, grad_lse):
-    hidden, weight, bias, loss_mask, ids, lse = ctx.saved_tensors
-    temperature, vocab_start, vocab_size, tp_group, chunk_tokens, backend = ctx.settings
+    hidden, weight, bias, loss_mask, ids, lse, logprobs = ctx.saved_tensors
+    temperature, vocab_start, vocab_size, tp_group, chunk_tokens, backend, logit_softcap = ctx.settings
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_TK = torch.where(ids >= 0, grad_logprobs, 0.0)
     grad_weight, is_main = weight_grad_buffer(weight) if needs_weight else (None, False)
@@ -139,14 +141,17 @@ def _backward(ctx, grad_logprobs, _grad_ids, grad_lse):
     place = (vocab_start, vocab_size, tp_group)
     dense = linear_logprobs_backward_op(
         *(hidden, weight, bias, no_labels, loss_mask, None, lse, coefficients, temperature, *place),
-        *(False, needs_hidden, grad_weight, grad_bias, True, chunk_tokens, False, backend),
+        *(False, needs_hidden, grad_weight, grad_bias, True, chunk_tokens, False, backend, logit_softcap),
     )
-    sparse = topk_sparse_backward_op(hidden, weight, ids, grad_TK / temperature, loss_mask, *place, grad_weight, grad_bias)
+    grad_logits_TK = grad_TK / temperature
+    if logit_softcap:
+        grad_logits_TK *= cap_slope(logprobs + lse.unsqueeze(1), temperature, logit_softcap)
+    sparse = topk_sparse_backward_op(hidden, weight, ids, grad_logits_TK, loss_mask, *place, grad_weight, grad_bias)
     return (
         (dense + sparse).to(hidden.dtype) if needs_hidden else None,
         None if is_main or grad_weight is None else grad_weight.to(weight.dtype),
         None if grad_bias is None else grad_bias.to(bias.dtype),
-        *[None] * 9,
+        *[None] * 10,
     )
 
 
@@ -173,6 +178,7 @@ def _logits_at(
     ids_NK: torch.Tensor,
     shard: VocabShard,
     temperature: float,
+    logit_softcap: float,
 ) -> torch.Tensor:
     """Tempered logits at the given tokens of the whole vocabulary, -inf where an id is -1; one all-reduce."""
     columns_NK = shard.local_columns(ids_NK, shard.num_valid(weight.shape[0]))
@@ -182,5 +188,5 @@ def _logits_at(
         logits_NK[chunk] = torch.einsum("ch,ckh->ck", hidden_NH[chunk].to(logits_NK.dtype), weight_CKH)
     if bias is not None:
         logits_NK += bias[columns_NK]
-    logits_NK = sum_over_ranks(torch.where(held_NK, logits_NK / temperature, 0.0), shard)
+    logits_NK = sum_over_ranks(torch.where(held_NK, cap_logits(logits_NK, logit_softcap) / temperature, 0.0), shard)
     return logits_NK.masked_fill_(ids_NK < 0, -torch.inf)

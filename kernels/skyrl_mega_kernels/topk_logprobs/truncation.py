@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from skyrl_mega_kernels.linear_logprobs.api import check_head
+from skyrl_mega_kernels.linear_logprobs.api import check_head, checked_softcap
 from skyrl_mega_kernels.linear_logprobs.ops import counting_rows, softmax_dtype
-from skyrl_mega_kernels.linear_logprobs.reference import row_chunks
+from skyrl_mega_kernels.linear_logprobs.reference import cap_logits, row_chunks
 from skyrl_mega_kernels.vocab_parallel import VocabShard
 
 #: Relative to the cut's magnitude, in the softmax's dtype: some rounding errors of a long float32 dot product.
@@ -39,6 +39,7 @@ def truncation_floor(
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 256,
+    logit_softcap: float | None = None,
 ) -> torch.Tensor:
     """[T] float32 (float64 for float64 inputs): the lowest tempered logit that a truncated sampler keeps; -inf: all.
 
@@ -55,9 +56,9 @@ def truncation_floor(
     floor_T = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=softmax_dtype(hidden.dtype))
     if top_k == 0 and top_p == 1:
         return floor_T
-    rows = counting_rows(hidden, labels, loss_mask, None)
+    rows, softcap = counting_rows(hidden, labels, loss_mask, None), checked_softcap(logit_softcap)
     floors = [
-        cut_of(_whole_logits(rows.hidden[chunk], weight, bias, shard, temperature), top_k, top_p)
+        cut_of(_whole_logits(rows.hidden[chunk], weight, bias, shard, temperature, softcap), top_k, top_p)
         for chunk in row_chunks(rows.hidden.shape[0], chunk_tokens)
     ]
     if not floors:
@@ -83,7 +84,12 @@ def cut_of(logits_CV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def _whole_logits(
-    hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, shard: VocabShard, temperature: float
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    shard: VocabShard,
+    temperature: float,
+    softcap: float,
 ) -> torch.Tensor:
     """Tempered logits [C, vocab_size] of a chunk in the softmax's dtype, products exact and sums float32; one all-gather."""
     dtype = softmax_dtype(hidden_CH.dtype)
@@ -93,6 +99,7 @@ def _whole_logits(
         logits_CV[:, block] = hidden_CH.to(dtype) @ weight_VH[block].to(dtype).t()
     if bias_V is not None:
         logits_CV += bias_V
+    cap_logits(logits_CV, softcap)
     logits_CV /= temperature
     group = shard.process_group
     if group is not None:
