@@ -1,10 +1,13 @@
 """The objective of one micro-batch: policy loss + kl.coef x KL - entropy_coef x entropy, summed with global weights.
 
-Sums of micro-batches and ranks add up to the average over the whole update. Statistics come in three kinds:
+With `off_policy.stages` each token's policy loss is first multiplied by its importance weight (`off_policy/`).
+
+Sums of micro-batches and ranks add up to the average over the whole update. Statistics come in four kinds:
 
 - `loss/*`: parts of the loss; their SUM over micro-batches and ranks is the number to report.
-- `policy/*`, `mismatch/*`: averages over trained tokens. Their SUM is weighted like the loss, and samples that were left
-  out of compute have no share in it: divide by the SUM of `weight/sum`, as `mean_stats` does.
+- `policy/*`, `mismatch/*`, `off_policy/*`: averages over trained tokens. Their SUM is weighted like the loss, and samples that
+  were left out of compute have no share in it: divide by the SUM of `weight/sum`, as `mean_stats` does.
+- `off_policy/sequence/*`: averages over the sequences that were computed: divide by the SUM of `weight/sequences`.
 - maxima: to be reduced with MAX.
 """
 
@@ -15,8 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from skyrl_mega.algorithms.kl import KL_ESTIMATORS, k3
+from skyrl_mega.algorithms.kl import KL_ESTIMATORS, k1, k3
+from skyrl_mega.algorithms.off_policy import bind_stages, off_policy_correction
+from skyrl_mega.algorithms.off_policy.weights import SEQUENCE_PREFIX, SEQUENCES, Correction, effective_shares
 from skyrl_mega.algorithms.policy_losses import POLICY_LOSSES, LossInputs
+from skyrl_mega.algorithms.policy_losses.sums import PolicyLossSums
 from skyrl_mega.algorithms.registry import lookup
 from skyrl_mega.config.schema import AlgorithmConfig
 from skyrl_mega.errors import ConfigError
@@ -34,43 +40,106 @@ class LossStats:
     maxima: dict[str, torch.Tensor]
 
 
-def policy_objective(config: AlgorithmConfig, inputs: LossInputs, weights_T: torch.Tensor) -> tuple[torch.Tensor, LossStats]:
-    """(loss, statistics) of one micro-batch as weighted sums; the loss, a scalar, carries the gradient. No communication.
+class Objective:
+    """The objective that an AlgorithmConfig describes, with names looked up and options bound. No communication of its own.
 
-    weights_T float32 [T] from `reduction_weights`. `sums` holds loss/policy, loss/kl and loss/entropy with their
-    coefficients applied, loss/total; policy/* of the policy loss, policy/entropy, policy/kl_ref where computed; mismatch/*
-    between the engine's and the trainer's log-probabilities (rollout against old), and weight/sum.
-    Raises ConfigError for a term that is switched on and whose input is missing, and for unknown names.
+    Raises ConfigError for unknown names and options, and a stage that weighs what the loss weighs already.
     """
-    mask_T = inputs.loss_mask
-    per_token_T, policy_stats = lookup(POLICY_LOSSES, config.policy_loss, "algorithm.policy_loss")(inputs, config)
-    losses = {"policy": _weighted_sum(per_token_T, weights_T)}
-    averages = {f"policy/{name}": value_T for name, value_T in policy_stats.items()}
 
-    if config.kl.coef != 0:
-        if inputs.ref_logprobs is None:
-            raise ConfigError(f"algorithm.kl.coef ({config.kl.coef}) needs ref_logprobs; run the reference model or set it to 0.")
-        estimator = lookup(KL_ESTIMATORS, config.kl.estimator, "algorithm.kl.estimator")
-        kl_T = estimator(inputs.logprobs, inputs.ref_logprobs, mask_T)
-        losses["kl"] = config.kl.coef * _weighted_sum(kl_T, weights_T)
-        averages["policy/kl_ref"] = kl_T
-    if inputs.entropy is not None:
-        entropy_T = torch.where(mask_T, inputs.entropy, 0.0)
-        averages["policy/entropy"] = entropy_T
-        if config.entropy_coef != 0:
-            losses["entropy"] = -config.entropy_coef * _weighted_sum(entropy_T, weights_T)
-    elif config.entropy_coef != 0:
-        raise ConfigError(f"algorithm.entropy_coef ({config.entropy_coef}) needs the entropy; compute it or set it to 0.")
+    def __init__(self, config: AlgorithmConfig, kernels: str = "auto") -> None:
+        """`kernels`: the setting `model.kernels`."""
+        self.config = config
+        entry = POLICY_LOSSES.find(config.policy_loss)
+        self._policy_loss_sums = PolicyLossSums(entry, config.loss_options, kernels)
+        self._stages = bind_stages(config.off_policy.stages)
+        weighing = [stage.name for stage in self._stages if stage.weighs]
+        if entry.traits["against_sampler"] and weighing:
+            raise ConfigError(
+                f"`algorithm.policy_loss={config.policy_loss}` weighs tokens by policy / engine itself; the stage {weighing[0]}"
+                " of `algorithm.off_policy.stages` would do so again. Leave it out."
+            )
+        if weighing and config.old_logprobs == "rollout":
+            raise ConfigError(
+                f"`algorithm.off_policy.stages` weighs by policy / engine ({weighing[0]}), and where `algorithm.old_logprobs` is"
+                " rollout the loss's own ratio is that already: it would count twice. Set `algorithm.old_logprobs=policy`"
+                " (decoupled PPO), or keep only stages that don't weigh (masks)."
+            )
+        self._kl = lookup(KL_ESTIMATORS, config.kl.estimator, "algorithm.kl.estimator")
+        #: The reference's KL is a term of the loss.
+        self.has_kl = config.kl.coef != 0 and config.kl.place == "loss"
+        #: Further inputs of the policy loss: "teacher_topk".
+        self.needs: frozenset[str] = entry.traits["needs"]
+        #: Every token's part looks at that token only: the LM head and the loss may run chunk by chunk.
+        self.token_separable = bool(entry.traits["token_separable"]) and all(stage.token_separable for stage in self._stages)
 
-    loss_sum = torch.stack(list(losses.values())).sum()
-    with torch.no_grad():
-        mismatch, mismatch_max = _mismatch(inputs)
-        averages.update(mismatch)
-        stats = {f"loss/{name}": value.detach() for name, value in losses.items()}
-        stats["loss/total"] = loss_sum.detach()
-        stats.update({name: _weighted_sum(value_T, weights_T) for name, value_T in averages.items()})
-        stats[WEIGHT_SUM] = weights_T.sum()
-    return loss_sum, LossStats(stats, mismatch_max)
+    def __call__(
+        self, inputs: LossInputs, weights_T: torch.Tensor, *, kl_coef: float | None = None
+    ) -> tuple[torch.Tensor, LossStats]:
+        """(loss, statistics) of one micro-batch as weighted sums; the loss, a scalar, carries the gradient.
+
+        weights_T float32 [T] from `reduction_weights`. `kl_coef` replaces `kl.coef` (an adaptive coefficient). `sums` holds
+        loss/policy, loss/kl and loss/entropy with their coefficients applied, loss/total; policy/* of the policy loss,
+        policy/entropy, policy/kl_ref where computed; mismatch/* between the engine's and the trainer's log-probabilities,
+        off_policy/* where corrected, and weight/sum. The trainer's are the old ones; with `old_logprobs=rollout`, where those
+        are the engine's, the current ones. Raises ConfigError for a term that is switched on and whose input is missing.
+        """
+        config, mask_T = self.config, inputs.loss_mask
+        averages: dict[str, torch.Tensor] = {}
+        of_sequences: dict[str, torch.Tensor] = {}
+        loss_weights_T = weights_T
+        if self._stages:
+            correction = self._correct(inputs)
+            loss_weights_T = weights_T * correction.weights_T
+            averages |= correction.token_stats
+            of_sequences = correction.sequence_sums
+        policy_loss, policy_stats = self._policy_loss_sums(inputs, weights_T, loss_weights_T)
+        losses = {"policy": policy_loss}
+
+        if self.has_kl:
+            if inputs.ref_logprobs is None:
+                raise ConfigError(
+                    f"algorithm.kl.coef ({config.kl.coef}) needs ref_logprobs; run the reference model or set it to 0."
+                )
+            kl_T = self._kl(inputs.logprobs, inputs.ref_logprobs, mask_T)
+            losses["kl"] = (config.kl.coef if kl_coef is None else kl_coef) * _weighted_sum(kl_T, weights_T)
+            averages["policy/kl_ref"] = kl_T.detach()
+        if inputs.entropy is not None:
+            entropy_T = torch.where(mask_T, inputs.entropy, 0.0)
+            averages["policy/entropy"] = entropy_T
+            if config.entropy_coef != 0:
+                losses["entropy"] = -config.entropy_coef * _weighted_sum(entropy_T, weights_T)
+        elif config.entropy_coef != 0:
+            raise ConfigError(f"algorithm.entropy_coef ({config.entropy_coef}) needs the entropy; compute it or set it to 0.")
+
+        loss_sum = torch.stack(list(losses.values())).sum()
+        with torch.no_grad():
+            mismatch, mismatch_max = _mismatch(self._trainer_logprobs(inputs), inputs)
+            averages.update(mismatch)
+            stats = {f"loss/{name}": value.detach() for name, value in losses.items()}
+            stats["loss/total"] = loss_sum.detach()
+            stats.update({f"policy/{name}": value for name, value in policy_stats.items()})
+            stats.update({name: _weighted_sum(value_T, weights_T) for name, value_T in averages.items()})
+            stats[WEIGHT_SUM] = weights_T.sum()
+            stats.update(of_sequences)
+        return loss_sum, LossStats(stats, mismatch_max)
+
+    def sequence_sums(self, inputs: LossInputs) -> dict[str, torch.Tensor]:
+        """The `sums` of whole sequences that calls with chunks of tokens leave out: of a whole micro-batch, with `sequences`."""
+        return self._correct(inputs).sequence_sums if self._stages else {}
+
+    def _correct(self, inputs: LossInputs) -> Correction:
+        return off_policy_correction(
+            self._trainer_logprobs(inputs),
+            inputs.rollout_logprobs,
+            inputs.loss_mask,
+            self._stages,
+            inputs.sequences,
+            inputs.staleness,
+        )
+
+    def _trainer_logprobs(self, inputs: LossInputs) -> torch.Tensor:
+        """What the engine's log-probabilities are compared with."""
+        return inputs.logprobs.detach() if self.config.old_logprobs == "rollout" else inputs.old_logprobs
 
 
 def merge_stats(parts: Sequence[LossStats]) -> LossStats:
@@ -83,25 +152,30 @@ def merge_stats(parts: Sequence[LossStats]) -> LossStats:
 def mean_stats(sums: Mapping[str, float]) -> Metrics:
     """Numbers to report from `LossStats.sums`, summed over all micro-batches and ranks.
 
-    `loss/*` stay as they are; the others become averages over the tokens that were computed. `weight/sum` stays too.
+    `loss/*` stay as they are; the others become averages over the tokens, or sequences, that were computed. `weight/*` stay too.
+    Mean squares of off-policy weights become effective shares of the sample.
     """
-    weight = float(sums[WEIGHT_SUM])
-    as_is = {name: float(value) for name, value in sums.items() if name.startswith("loss/") or name == WEIGHT_SUM}
-    averages = {name: float(value) / weight if weight > 0 else 0.0 for name, value in sums.items() if name not in as_is}
-    return {**as_is, **averages}
+    as_is = {name: float(value) for name, value in sums.items() if name.startswith(("loss/", "weight/"))}
+    averages = {}
+    for name, value in sums.items():
+        if name not in as_is:
+            count = as_is[SEQUENCES if name.startswith(SEQUENCE_PREFIX) else WEIGHT_SUM]
+            averages[name] = float(value) / count if count > 0 else 0.0
+    return {**as_is, **effective_shares(averages)}
 
 
 def _weighted_sum(value_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
     return (value_T * weights_T).sum()
 
 
-def _mismatch(inputs: LossInputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """How far the engine that sampled and the trainer that learns are apart, before any update of this step."""
-    difference_T = torch.where(inputs.loss_mask, inputs.old_logprobs - inputs.rollout_logprobs, 0.0).abs()
+def _mismatch(trainer_logprobs_T: torch.Tensor, inputs: LossInputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """How far the engine that sampled and the trainer that learns are apart."""
+    difference_T = torch.where(inputs.loss_mask, trainer_logprobs_T - inputs.rollout_logprobs, 0.0).abs()
     averages = {
         "mismatch/abs_logprob_diff_mean": difference_T,
-        # k3 with the engine as the sampler: KL(rollout || old).
-        "mismatch/kl": k3(inputs.rollout_logprobs, inputs.old_logprobs, inputs.loss_mask),
+        # With the engine as the sampler: KL(engine || trainer), once with little noise and once as the plain mean of log-ratios.
+        "mismatch/kl": k3(inputs.rollout_logprobs, trainer_logprobs_T, inputs.loss_mask),
+        "mismatch/kl_k1": k1(inputs.rollout_logprobs, trainer_logprobs_T, inputs.loss_mask),
     }
     largest = difference_T.amax() if difference_T.numel() else difference_T.new_zeros(())
     return averages, {"mismatch/abs_logprob_diff_max": largest}

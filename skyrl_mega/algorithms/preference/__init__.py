@@ -1,0 +1,1 @@
+"""Losses on preferences, and what of a micro-batch they look at."""
