@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from skyrl_mega.checkpoint import store
 from skyrl_mega.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from skyrl_mega.config.schema import Config
 
 
 def export_run(run_dir: str, checkpoint: str, output: str) -> Path:
@@ -22,22 +26,32 @@ def export_run(run_dir: str, checkpoint: str, output: str) -> Path:
     path = store.find_checkpoint(run_dir, checkpoint)
     if Path(output).exists():
         raise CheckpointError(f"{output} exists; name a directory that does not")
-    config = load_saved(saved)
+    config, is_reward_model = _to_build(load_saved(saved))
 
     import torch
 
     from skyrl_mega.checkpoint.state import load_model
     from skyrl_mega.config.schema import ParallelConfig
-    from skyrl_mega.models.build import build_model
-    from skyrl_mega.models.hf_io import HFExporter, save_hf
+    from skyrl_mega.models.build import PolicyModel
+    from skyrl_mega.models.hf_io import save_hf
+    from skyrl_mega.models.lora_weights import build_to_load, make_exporter
+    from skyrl_mega.models.value import ValueModel
     from skyrl_mega.parallel.device import resolve_device
     from skyrl_mega.parallel.topology import init_topology
 
     topology = init_topology(ParallelConfig(), resolve_device("cpu"), seed=config.trainer.seed)
     try:
-        chunks = build_model(config, topology)
+        chunks = build_to_load(config, topology, ValueModel if is_reward_model else PolicyModel)
         load_model(path, chunks)
-        save_hf(HFExporter(chunks, config.model.path, topology), config.model.path, output, getattr(torch, config.model.dtype))
+        save_hf(make_exporter(chunks, config.model.path, topology), config.model.path, output, getattr(torch, config.model.dtype))
     finally:
         topology.destroy()
     return Path(output)
+
+
+def _to_build(config: Any) -> tuple[Config, bool]:
+    """(what building the run's model reads, whether it gives scores), whichever command the run is of."""
+    from skyrl_mega.config.offline import training_config
+    from skyrl_mega.config.offline_schema import OfflineConfig, RMConfig
+
+    return (training_config(config) if isinstance(config, OfflineConfig) else config), isinstance(config, RMConfig)

@@ -44,15 +44,15 @@ class Piece:
 def pieces_to_write(state: dict[str, Any]) -> list[Piece]:
     """The pieces of a sharded state that are this rank's to write, in an order that depends on nothing but the state.
 
-    Tensors share memory with the state. Those under `model...` have copies over data-parallel ranks, which are dealt out; of
-    the rest the first copy is written.
+    Tensors share memory with the state. Those of a part whose name ends in `model` have copies over data-parallel ranks, which
+    are dealt out; of the rest the first copy is written.
     """
     pieces: list[Piece] = []
     deal = _Deal()
     for name, part in state.items():
         for entry, owner in _blocks(part):
             first, copy = _copy_of(entry.replica_id)
-            is_dealt = name.startswith("model") and isinstance(entry.data, torch.Tensor)
+            is_dealt = name.endswith("model") and isinstance(entry.data, torch.Tensor)
             writer = deal.writer(entry, is_expert=not getattr(owner, "allreduce", True)) if is_dealt else 0
             if first and copy == writer:
                 pieces.append(_piece(entry))

@@ -83,11 +83,13 @@ class Checkpointer:
         self._unreported: Metrics = {}
         self._host_copy: HostCopy | None = None
 
-    def save(self, policy: Checkpointed, state: TrainState, metrics: Metrics | None = None) -> Path:
+    def save(
+        self, policy: Checkpointed, state: TrainState, metrics: Metrics | None = None, *, critic: Checkpointed | None = None
+    ) -> Path:
         """Begins the checkpoint of `state.step`, or, where saves are not asynchronous, writes it; returns its final path.
 
-        A save in flight is waited for. When this returns, the policy may change. `metrics`: the step's numbers, kept with the
-        checkpoint (`keep_best` goes by one). Raises CheckpointError if this save or the one before it failed.
+        A save in flight is waited for. When this returns, policy and critic may change. `metrics`: the step's numbers, kept with
+        the checkpoint (`keep_best` goes by one). Raises CheckpointError if this save or the one before it failed.
         """
         from skyrl_mega.checkpoint.pieces import HostCopy, pieces_to_write
         from skyrl_mega.checkpoint.state import sharded_state
@@ -95,7 +97,7 @@ class Checkpointer:
         began = time.monotonic()
         self._unreported = self.finish()
         save = _Save(self._begin(state.step), state, dict(metrics or {}))
-        pieces = pieces_to_write(sharded_state(policy, self._topology))
+        pieces = pieces_to_write(sharded_state(policy, self._topology, critic=critic))
         self._in_flight = save
         if self._asynchronous:
             self._host_copy = self._host_copy or HostCopy()

@@ -148,8 +148,7 @@ def commit(
 
     files: those that were checksummed while they were written. metrics: the step's numbers, kept with it.
     """
-    content = {"format": FORMAT, "state": asdict(state), "layout": dict(layout), "metrics": metrics}
-    (temporary / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_state(temporary, state, layout, metrics=metrics)
     manifest.write_manifest(temporary, files)
     final = give_final_name(temporary)
     run_dir = final.parent.parent
@@ -163,6 +162,12 @@ def commit(
         if old != final and old not in kept:
             shutil.rmtree(old)
     return final
+
+
+def write_state(directory: Path, state: TrainState, layout: Mapping[str, int], *, metrics: Metrics) -> None:
+    """Writes the file that says what a checkpoint is of."""
+    content = {"format": FORMAT, "state": asdict(state), "layout": dict(layout), "metrics": metrics}
+    (directory / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def give_final_name(temporary: Path) -> Path:

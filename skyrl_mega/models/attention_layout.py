@@ -13,6 +13,9 @@ segment's own in its sequence, and then, causally, the segment's own rows:
 - context parallelism: a segment is a chunk of a sequence, whose earlier chunks lie before it (`data.context_shards`). Queries are
   this rank's rows, and keys are the rows of all ranks, gathered; everything else is as above.
 
+Layers with a sliding window see less of the same keys: a query those of the last `window` rows of the picture, its own among
+them. The layout is the same for all layers, only the mask differs.
+
 Two forms are made of it, once per forward pass, for all layers: buckets of padded segments (for batched matmuls and torch's
 SDPA), and bounds of queries and keys end to end (for kernels that take sequences of unequal length).
 
@@ -23,7 +26,7 @@ before their own rows, M = P + L.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -57,9 +60,8 @@ class Segment(NamedTuple):
 class Bucket:
     """Segments padded to one shape. `query_rows` [B * L] and `key_rows` [B * M] (int64) name the row in each slot.
 
-    Padding repeats a row: queries on the right, keys where no query of the segment looks. `mask` is None where no segment has a
-    prefix: then the plain causal mask does. Else it is, for `short` buckets, what is added to their scores (float32
-    [B, 1, 1, L, M], 0 or -inf), and for others bool [B, 1, L, M], True where a query sees a key.
+    Padding repeats a row: queries on the right, keys where no query of the segment looks. `prefix_lengths` int64 [B] on CPU:
+    how many of the first M - L keys each segment really sees before its own rows.
     """
 
     num_segments: int
@@ -68,7 +70,40 @@ class Bucket:
     query_rows: torch.Tensor
     key_rows: torch.Tensor
     short: bool
-    mask: torch.Tensor | None
+    prefix_lengths: torch.Tensor
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def has_prefixes(self) -> bool:
+        return self.num_keys > self.length
+
+    def mask(self, window: int | None = None) -> torch.Tensor | None:
+        """Who sees whom in a layer of this window; None where the plain causal mask says it.
+
+        For `short` buckets what is added to their scores, float32 [B, 1, 1, L, M], 0 or -inf; for others bool [B, 1, L, M],
+        True where a query sees a key. B is 1 where all segments have the same. Made once for each window.
+        """
+        if not self.has_prefixes and (window is None or self.length <= window):
+            return None
+        if window not in self._masks:
+            sees = self._sees(window)[:, None]
+            mask = torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))[:, None] if self.short else sees
+            self._masks[window] = mask.to(self.query_rows.device)
+        return self._masks[window]
+
+    def _sees(self, window: int | None) -> torch.Tensor:
+        """bool [B, L, M] on CPU."""
+        before_B11 = self.prefix_lengths[:, None, None]
+        query_L1, own_L = torch.arange(self.length)[:, None], torch.arange(self.length)
+        prefix_P = torch.arange(self.num_keys - self.length)
+        sees_prefix = (prefix_P < before_B11).expand(-1, self.length, -1)
+        sees_own = own_L <= query_L1
+        if window is not None:
+            sees_prefix = sees_prefix & (before_B11 + query_L1 - prefix_P < window)
+            sees_own = sees_own & (query_L1 - own_L < window)
+        if not self.has_prefixes:
+            return sees_own[None]
+        return torch.cat([sees_prefix, sees_own.expand(self.num_segments, -1, -1)], dim=2)
 
 
 class Varlen(NamedTuple):
@@ -168,16 +203,12 @@ class AttentionLayout:
         in_prefix_P = torch.arange(longest_prefix)[None]
         num_keys = longest_prefix + longest
         short = device.type == "cpu" and num_keys <= SHORT_KEYS
-        key_rows_BM, mask = own_B + in_own_BL, None
+        key_rows_BM = own_B + in_own_BL
         if longest_prefix:
             # The rows before end where the own ones begin; past them (padding that the mask hides) stands the first own row.
             in_before = torch.minimum(in_prefix_P - trunk_lengths_B, before_B)
             prefix_BP = torch.where(in_prefix_P < trunk_lengths_B, trunk_B + in_prefix_P, own_B - before_B + in_before)
             key_rows_BM = torch.cat([prefix_BP, key_rows_BM], dim=1)
-            sees_prefix = (in_prefix_P < trunk_lengths_B + before_B)[:, None, :].expand(-1, longest, -1)
-            sees_own = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(group), -1, -1)
-            sees = torch.cat([sees_prefix, sees_own], dim=2)[:, None]
-            mask = (torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))[:, None] if short else sees).to(device)
         return Bucket(
             num_segments=len(group),
             length=longest,
@@ -185,7 +216,7 @@ class AttentionLayout:
             query_rows=(query_B + in_own_BL).flatten().to(device),
             key_rows=self._placed(key_rows_BM.flatten()),
             short=short,
-            mask=mask,
+            prefix_lengths=(trunk_lengths_B + before_B).squeeze(1),
         )
 
     def _placed(self, key_rows: torch.Tensor) -> torch.Tensor:

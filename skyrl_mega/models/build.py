@@ -24,12 +24,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from skyrl_mega.config.schema import Config
-from skyrl_mega.errors import BackendUnavailableError, ConfigError
+from skyrl_mega.data.routing import UNKNOWN_EXPERT
+from skyrl_mega.errors import BackendUnavailableError, ConfigError, DataError
 from skyrl_mega.models.activation_offload import ActivationOffload
 from skyrl_mega.models.attention import choose_backend
 from skyrl_mega.models.attention_layout import AttentionLayout
 from skyrl_mega.models.families import Architecture, inverse_frequencies, padded_vocab_size, read_architecture
-from skyrl_mega.models.layers import block_spec, transformer_engine_layers_available
+from skyrl_mega.models.layers import ACTIVATIONS, block_spec, transformer_engine_layers_available
+from skyrl_mega.models.router import freeze_routers
+from skyrl_mega.models.router_replay import hand_rows_to_routers
 from skyrl_mega.parallel.device import install_megatron_cpu_shim
 from skyrl_mega.parallel.topology import Topology
 from skyrl_mega.types import ContextPart, MicroBatch
@@ -46,6 +49,13 @@ class PolicyModel(GPTModel):
     and which attention run ("torch" or "transformer_engine"; "sdpa", "flash" or "transformer_engine").
     """
 
+    #: Whether passes replay the routing that comes with a micro-batch; without, it is ignored.
+    replays_routing = False
+    #: Whether the last stage holds an LM head; `value.ValueModel` has another one in its place.
+    has_lm_head = True
+    #: `lora.Adapters`, where low-rank adapters lie beside the weights.
+    adapters: Any = None
+
     def __init__(
         self, config: TransformerConfig, architecture: Architecture, topology: Topology, attention_backend: str, vp_stage: int
     ) -> None:
@@ -54,7 +64,7 @@ class PolicyModel(GPTModel):
         padded = padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size)
         super().__init__(
             config,
-            block_spec(config, device, attention_backend, vp_stage),
+            block_spec(config, architecture, device, attention_backend, vp_stage),
             vocab_size=padded,
             max_sequence_length=architecture.max_positions,
             pre_process=topology.pp_rank == 0 and vp_stage == 0,
@@ -62,7 +72,7 @@ class PolicyModel(GPTModel):
             vp_stage=vp_stage,
             # Megatron's rotary module knows fewer kinds than Hugging Face configs have; ours is three lines in `_rotary`.
             position_embedding_type="none",
-            share_embeddings_and_output_weights=architecture.tied,
+            share_embeddings_and_output_weights=architecture.tied and self.has_lm_head,
             parallel_output=True,
         )
         self.architecture = architecture
@@ -70,8 +80,11 @@ class PolicyModel(GPTModel):
         self.padded_vocab_size = padded
         layers = "transformer_engine" if transformer_engine_layers_available(device) else "torch"
         self.implementation = {"layers": layers, "attention": attention_backend}
+        ropes = [rope for rope in (architecture.rope, architecture.window_rope) if rope is not None]
         # A plain attribute: a buffer would follow the model into bfloat16, where positions above 256 lose their value.
-        self._inv_freq = inverse_frequencies(architecture).to(device)
+        self._inv_freqs = [inverse_frequencies(rope, architecture.rotary_head_dim).to(device) for rope in ropes]
+        # Rounded to the model's dtype, as Hugging Face rounds it.
+        self._embedding_scale = torch.tensor(architecture.embedding_scale, dtype=config.params_dtype).item()
 
     def forward(
         self,
@@ -81,6 +94,7 @@ class PolicyModel(GPTModel):
         max_seqlen: int,
         prefix_segments: torch.Tensor | None = None,
         context: ContextPart | None = None,
+        routed_experts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm, [T, H] in the model's dtype, the same on every tensor rank.
 
@@ -90,19 +104,22 @@ class PolicyModel(GPTModel):
         A pipeline stage that is not the last gives what the next one takes, [T, 1, H] (this tensor rank's rows of it under
         sequence parallelism); a later stage takes it from Megatron's schedule. input_ids, position_ids int64 [T]; cu_seqlens
         int32 [S+1]; position_ids count from 0 in each sequence (a branch on a shared prompt goes on counting); prefix_segments
-        int64 [S] and context as in MicroBatch. Differentiable.
+        int64 [S], context and routed_experts [T, layers, K] as in MicroBatch. Differentiable.
         """
         num_tokens = input_ids.size(0)
         if self.config.sequence_parallel:
             input_ids, position_ids, cu_seqlens = self._pad_to_tensor_ranks(input_ids, position_ids, cu_seqlens)
+        # Megatron's layers hand this argument to their routers.
+        routing = {} if routed_experts is None else {"padding_mask": self._my_routing(routed_experts, input_ids.size(0))}
         layout = AttentionLayout(cu_seqlens, max_seqlen, prefix_segments, context)
         # A later stage's block takes its input from the schedule, which has set it.
-        hidden = self.embedding(input_ids=input_ids[None], position_ids=position_ids[None]) if self.pre_process else None
+        hidden = self._embed(input_ids, position_ids) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=self._rotary(position_ids),
             packed_seq_params=layout,
+            **routing,
         )
         if not self.post_process:
             return hidden
@@ -110,10 +127,31 @@ class PolicyModel(GPTModel):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)[:num_tokens]
 
+    def _embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids=input_ids[None], position_ids=position_ids[None])
+        return hidden if self._embedding_scale == 1.0 else hidden * self._embedding_scale
+
     def _rotary(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """The angle of each token and each rotated pair, float32 [T, 1, 1, head_dim], halves repeated as in Llama's code."""
-        angles = torch.outer(position_ids.float(), self._inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        """The angle of each token and each rotated pair, float32 [T, 1, R, rotated numbers], halves repeated as in Llama's code.
+
+        R is 2, and the second for layers with a window, where these have angles of their own.
+        """
+        angles_TRD = torch.stack([torch.outer(position_ids.float(), inv_freq) for inv_freq in self._inv_freqs], dim=1)
+        return torch.cat((angles_TRD, angles_TRD), dim=-1)[:, None]
+
+    def _my_routing(self, rows_TLK: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """The rows of the tokens that this tensor rank's routers see, of `num_tokens` with the padding."""
+        experts = self.architecture.experts
+        shape = None if experts is None else (self.architecture.num_layers, experts.per_token)
+        if rows_TLK.shape[1:] != shape:
+            raise DataError(
+                f"routed_experts is {tuple(rows_TLK.shape)}; it must be [tokens, layers, experts per token]: {shape}."
+            )
+        rows_TLK = F.pad(rows_TLK, (0, 0, 0, 0, 0, num_tokens - rows_TLK.size(0)), value=UNKNOWN_EXPERT)
+        if not self.config.sequence_parallel:
+            return rows_TLK
+        tp = self.pg_collection.tp
+        return rows_TLK.chunk(tp.size())[tp.rank()]
 
     def _pad_to_tensor_ranks(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor
@@ -127,24 +165,32 @@ class PolicyModel(GPTModel):
         return input_ids, position_ids, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
 
 
-def build_model(config: Config, topology: Topology) -> list[PolicyModel]:
-    """This rank's chunks of the policy of `config.model.path`, first layers first, allocated and not yet filled. *All ranks.*
+def build_model(config: Config, topology: Topology, model_class: type[PolicyModel] = PolicyModel) -> list[PolicyModel]:
+    """This rank's chunks of the model of `config.model.path`, first layers first, allocated and not yet filled. *All ranks.*
 
-    One chunk, or `parallel.virtual_pipeline` of them; the LM head is in the last chunk of the last stage. Fill them with
-    `hf_io.load_hf_weights` or a checkpoint. Raises ModelLoadError (the model is not supported), ConfigError (the layout does not
-    fit it), BackendUnavailableError (the attention asked for can't run here).
+    One chunk, or `parallel.virtual_pipeline` of them; the head is in the last chunk of the last stage. `model_class` is
+    PolicyModel, or ValueModel for a critic. Fill them with `hf_io.load_hf_weights` or a checkpoint. Raises ModelLoadError (the
+    model is not supported), ConfigError (the layout does not fit it), BackendUnavailableError (the attention asked for can't run
+    here).
     """
     install_megatron_cpu_shim()
     architecture = read_architecture(config.model.path)
+    _check_positions(architecture, config.rollout.max_model_len)
     _check_layout(architecture, topology, config.parallel.virtual_pipeline)
     _check_transformer_engine(config, topology.device)
     dtype = DTYPES[config.model.dtype]
-    backend = choose_backend(config.model.attention, topology.device, dtype)
+    softcap = architecture.attention_softcap is not None
+    backend = choose_backend(config.model.attention, topology.device, dtype, softcap=softcap)
     layout = transformer_config(architecture, config, topology)
     chunks = [
-        PolicyModel(layout, architecture, topology, backend, vp_stage).to(topology.device)
+        model_class(layout, architecture, topology, backend, vp_stage).to(topology.device)
         for vp_stage in range(config.parallel.virtual_pipeline)
     ]
+    for chunk in chunks:
+        chunk.replays_routing = config.model.router_replay != "off"
+        hand_rows_to_routers(chunk)
+    if config.model.freeze_router:
+        freeze_routers(chunks)
     if config.model.offload_layers:
         offload = ActivationOffload(topology.device)
         for chunk in chunks:
@@ -174,11 +220,15 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         ffn_hidden_size=a.ffn_size,
         layernorm_epsilon=a.norm_eps,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=a.unit_offset_norms,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        # Torch layers take theirs from the layer spec (see use_te_activation_func), and Megatron refuses here what it has no
+        # name for.
+        activation_func=ACTIVATIONS[a.activation] if transformer_engine_layers_available(topology.device) else F.silu,
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
+        softmax_scale=a.softmax_scale,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -207,7 +257,7 @@ def transformer_config(architecture: Architecture, config: Config, topology: Top
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
-        # Megatron's name for "the layer spec says which module the activation is": ours is `elementwise.SwiGLU`.
+        # Megatron's name for "the layer spec says which module the activation is": ours are in `elementwise`.
         use_te_activation_func=not transformer_engine_layers_available(topology.device),
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -232,11 +282,16 @@ def _expert_settings(architecture: Architecture, config: Config, topology: Topol
         moe_router_topk=experts.per_token,
         # Softmax over all experts and then the choice; or the choice first, which renormalises the chosen ones.
         moe_router_pre_softmax=not experts.renormalised,
+        moe_router_score_function="sigmoid" if experts.is_sigmoid else "softmax",
+        moe_router_num_groups=experts.groups if experts.groups_per_token < experts.groups else None,
+        moe_router_group_topk=experts.groups_per_token if experts.groups_per_token < experts.groups else None,
+        moe_router_topk_scaling_factor=experts.scale if experts.scale != 1 else None,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss" if balanced else "none",
         moe_aux_loss_coeff=config.model.moe_aux_loss_coef,
+        moe_z_loss_coeff=config.model.moe_z_loss_coef or None,
         moe_shared_expert_intermediate_size=experts.shared_ffn_size,
-        moe_shared_expert_gate=experts.shared_ffn_size is not None,
+        moe_shared_expert_gate=experts.shared_ffn_size is not None and experts.has_shared_gate,
         moe_grouped_gemm=transformer_engine_layers_available(topology.device),
         expert_model_parallel_size=topology.ep_size,
         expert_tensor_parallel_size=topology.etp_size,
@@ -275,6 +330,16 @@ def _check_transformer_engine(config: Config, device: torch.device) -> None:
 
 def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
     return weight
+
+
+def _check_positions(architecture: Architecture, max_model_len: int) -> None:
+    """Refuses sequences so long that the rotary frequencies of the whole batch would be others."""
+    longest = architecture.rope.longest_exact
+    if longest is not None and max_model_len > longest:
+        raise ConfigError(
+            f"`rollout.max_model_len` ({max_model_len}) must not exceed the original positions ({longest}) of a model with "
+            f"longrope: beyond them vLLM and Hugging Face rotate differently; set it to {longest} or less."
+        )
 
 
 def _check_layout(architecture: Architecture, topology: Topology, virtual_pipeline: int) -> None:
@@ -316,9 +381,16 @@ def _check_expert_layout(architecture: Architecture, topology: Topology) -> None
         )
 
 
-def sharded_state(chunks: Sequence[PolicyModel]) -> dict[str, Any]:
-    """The weights of this rank's chunks as a Megatron dist checkpoint holds them, independent of the layout. *All ranks.*"""
-    return {f"chunk{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+def sharded_state(chunks: Sequence[PolicyModel], *, prefix: str = "") -> dict[str, Any]:
+    """The weights of this rank's chunks as a Megatron dist checkpoint holds them, independent of the layout. *All ranks.*
+
+    There every name begins with `prefix`; the dictionaries that are returned go by the model's own names.
+    """
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    state = {f"chunk{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    add_prefix_for_sharding(state, prefix)
+    return state
 
 
 def load_state(chunks: Sequence[PolicyModel], state: dict[str, Any]) -> None:
@@ -337,9 +409,11 @@ def unwrap(model: torch.nn.Module) -> PolicyModel:
 def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """Hidden states [T, H] of a micro-batch, through `model` or its DDP wrapper; moves the inputs to the model's device.
 
-    *All tensor and context ranks.* See `PolicyModel.forward`, also for what a pipeline stage before the last returns.
+    *All tensor and context ranks.* See `PolicyModel.forward`, also for what a pipeline stage before the last returns. The last
+    stage of a ValueModel gives values instead.
     """
     device = next(model.parameters()).device
+    routed_experts = micro_batch.routed_experts if unwrap(model).replays_routing else None
     return model(
         input_ids=micro_batch.input_ids.to(device),
         position_ids=micro_batch.position_ids.to(device),
@@ -347,6 +421,7 @@ def forward_hidden(model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Ten
         max_seqlen=micro_batch.max_seqlen,
         prefix_segments=micro_batch.prefix_segments,
         context=micro_batch.context,
+        routed_experts=None if routed_experts is None else routed_experts.to(device),
     )
 
 

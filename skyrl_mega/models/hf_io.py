@@ -1,19 +1,23 @@
 """Weights from a Hugging Face directory into a policy, and back out, every tensor accounted for.
 
-mbridge maps names and layouts (q, k, v interleaved by group into `linear_qkv`; gate and up into `linear_fc1`; tensor-parallel
-splits). This module streams the files, checks that file and model hold exactly the same tensors, and writes directories that
+The family's table says which tensors each parameter holds (`families.weights`), `weight_map` which parts are this rank's. Here
+each rank reads its own parts of the files, once file and model are seen to hold exactly the same tensors; and an export gathers
+one parameter at a time, from its tensor ranks, then from its expert rank and stage to all ranks. It becomes directories that
 transformers and vLLM load. An untouched policy exports bit for bit what was loaded.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +28,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skyrl_mega.errors import CheckpointError, ModelLoadError
-from skyrl_mega.models.build import EXPERTS, PolicyModel
-from skyrl_mega.models.families import Architecture, hf_tensor_shapes, read_hf_config
-from skyrl_mega.parallel.device import install_megatron_cpu_shim
+from skyrl_mega.models.build import PolicyModel
+from skyrl_mega.models.families import EMBEDDING, LM_HEAD, Split, Weight, tensor_shapes
+from skyrl_mega.models.weight_map import (
+    expert_tensor_group,
+    held_parameters,
+    read_local,
+    table_of,
+    tensor_rank,
+    tied_copy,
+    to_tensors,
+)
 from skyrl_mega.parallel.topology import Topology
 
 FLOAT_TYPES = ("F64", "F32", "BF16", "F16")
 INDEX_FILE = "model.safetensors.index.json"
-TIED_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+#: The head of Hugging Face's sequence classification models: with one label it gives a number for each hidden state.
+SCORE = "score.weight"
 MAX_SHARD_BYTES = 2_000_000_000
+#: Of a checkpoint being read. Parameters lie in the order of the layers, so that few shards are wanted at a time.
+MAX_OPEN_FILES = 4
+#: Of the beginning and of the end of each file, for its fingerprint.
+_SEEN_BYTES = 2**20
 #: A mixture of experts has ten thousand tensors; as many lines would hide what is wrong.
 MAX_PROBLEMS_SHOWN = 40
+_LAYER_NUMBER = re.compile(r"^model\.layers\.(\d+)\.")
+#: What config.json calls the number of layers that predict further tokens.
+EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 #: Files of a model directory that stay true whatever its weights are.
 COPIED = (
     "tokenizer*",
@@ -60,17 +80,36 @@ class StoredTensor:
 def load_hf_weights(chunks: Sequence[PolicyModel], path: str | Path, topology: Topology) -> None:
     """Fills the policy, all chunks of this rank, from the safetensors of `path`, cast to the model's dtype. *All ranks.*
 
-    Streams: one tensor is in memory at a time; tensor rank 0 of each replica reads and scatters. A `lm_head.weight` beside tied
-    embeddings is accepted if it equals them. Raises ModelLoadError, on every rank and before anything is loaded, with the
-    names of the tensors that are missing, left over, of the wrong shape, or not floating point.
+    Every rank reads its own parts, one parameter at a time. A `lm_head.weight` beside tied embeddings is accepted if it equals
+    them. A ValueModel leaves the LM head out, and its own is zero where `path` has no `score.weight`. Raises ModelLoadError, on
+    every rank and before anything is loaded, with the names of the tensors that are missing, left over, of the wrong shape, or
+    not floating point, and of parameters that the family's table does not know.
     """
-    architecture = chunks[0].architecture
     stored = read_headers(path)
-    _check_tensors(architecture, stored, path)
-    bridge = _make_bridge(chunks[0], path)
-    _check_mapping(architecture, _mapping(bridge, chunks, topology))
-    with torch.no_grad(), topology.deadline(f"loading weights from {path}"):
-        bridge.load_weights([MappedModel(chunk) for chunk in chunks], str(path), memory_efficient=True)
+    _check_tensors(chunks[0], stored, path)
+    if topology.is_main:
+        _warn_of_extra_layers(chunks[0], stored, path)
+    held = held_parameters(chunks, topology)
+    table = [weight for weight in table_of(chunks[0]) if weight.parameter in held]
+    with torch.no_grad(), topology.deadline(f"loading weights from {path}"), TensorReader(stored) as reader:
+        for weight in table:
+            _fill(held[weight.parameter], weight, reader, topology)
+            topology.progress()
+        if (copy := tied_copy(chunks)) is not None:
+            _fill(copy, next(weight for weight in table_of(chunks[0]) if EMBEDDING in weight.tensors), reader, topology)
+        if (head := _value_head(chunks)) is not None and SCORE in stored:
+            head.copy_(reader.read(SCORE))
+
+
+def _fill(parameter: torch.Tensor, weight: Weight, reader: TensorReader, topology: Topology) -> None:
+    rank, ranks = tensor_rank(weight, topology)
+    local = read_local(weight, reader.read, rank, ranks)
+    if local.shape != parameter.shape:
+        raise ModelLoadError(
+            f"The table of the family has {weight.parameter} as {tuple(local.shape)} on this rank, and the model has it as "
+            f"{tuple(parameter.shape)}; correct the table."
+        )
+    parameter.copy_(local)
 
 
 def read_headers(path: str | Path) -> dict[str, StoredTensor]:
@@ -82,6 +121,18 @@ def read_headers(path: str | Path) -> dict[str, StoredTensor]:
                 raise ModelLoadError(f"{path}: {name} is in {stored[name].file.name} and in {file.name}; keep one of them.")
             stored[name] = tensor
     return stored
+
+
+def fingerprint(path: str | Path) -> str:
+    """A short text that differs between checkpoint directories of different weights, from their files' ends and headers."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in _weight_files(Path(path)):
+        with open(file, "rb") as opened:
+            digest.update(opened.read(_SEEN_BYTES))
+            size = opened.seek(0, os.SEEK_END)
+            opened.seek(max(0, size - _SEEN_BYTES))
+            digest.update(opened.read() + size.to_bytes(8, "big"))
+    return digest.hexdigest()
 
 
 def _file_headers(file: Path) -> dict[str, StoredTensor]:
@@ -109,15 +160,23 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _check_tensors(architecture: Architecture, stored: dict[str, StoredTensor], path: str | Path) -> None:
-    expected = hf_tensor_shapes(architecture)
+def _value_head(chunks: Sequence[PolicyModel]) -> torch.nn.Parameter | None:
+    """The head's weight, where this rank holds one of a ValueModel."""
+    last = chunks[-1]
+    return None if last.has_lm_head or not last.post_process else last.output_layer.weight
+
+
+def _check_tensors(model: PolicyModel, stored: dict[str, StoredTensor], path: str | Path) -> None:
+    expected = tensor_shapes(table_of(model))
+    if not model.has_lm_head and SCORE in stored:
+        expected[SCORE] = (1, model.architecture.hidden_size)
     problems = [f"missing: {name} {expected[name]}" for name in expected if name not in stored]
     for name, tensor in stored.items():
         if name in expected and tensor.shape != expected[name]:
-            problems.append(f"wrong shape: {name} is {tensor.shape}, config.json asks for {expected[name]}")
+            problems.append(f"wrong shape: {name} is {tensor.shape}, the model needs {expected[name]}")
         elif name in expected and tensor.dtype not in FLOAT_TYPES:
             problems.append(f"not floating point: {name} is {tensor.dtype}")
-        elif name not in expected and not _may_stay(name, architecture, stored, problems):
+        elif name not in expected and not _is_of_extra_layer(name, model) and not _may_stay(name, model, stored, problems):
             problems.append(f"unexpected: {name} {tensor.shape}")
     if problems:
         shown = problems[:MAX_PROBLEMS_SHOWN]
@@ -127,119 +186,75 @@ def _check_tensors(architecture: Architecture, stored: dict[str, StoredTensor], 
         )
 
 
-def _may_stay(name: str, architecture: Architecture, stored: dict[str, StoredTensor], problems: list[str]) -> bool:
-    """True for tensors beyond the architecture's that change nothing: a tied head's copy, and rotary frequencies of old files."""
-    if name.endswith(".self_attn.rotary_emb.inv_freq"):
+def _is_of_extra_layer(name: str, model: PolicyModel) -> bool:
+    """Whether the tensor belongs to a layer beyond the model's, which predicts further tokens and is not built."""
+    number = _LAYER_NUMBER.match(name)
+    a = model.architecture
+    return number is not None and a.num_layers <= int(number[1]) < a.num_layers + a.num_extra_layers
+
+
+def _warn_of_extra_layers(model: PolicyModel, stored: dict[str, StoredTensor], path: str | Path) -> None:
+    extra = sorted(name for name in stored if _is_of_extra_layer(name, model))
+    if extra:
+        warnings.warn(
+            f"{path}: {len(extra)} tensors of layers that predict further tokens (multi-token prediction) are neither trained nor"
+            f" exported: {', '.join(extra[:MAX_PROBLEMS_SHOWN])}{', ...' if len(extra) > MAX_PROBLEMS_SHOWN else ''}.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _may_stay(name: str, model: PolicyModel, stored: dict[str, StoredTensor], problems: list[str]) -> bool:
+    """True for tensors beyond the model's that change nothing.
+
+    A tied head's copy, the LM head beside a value function, and rotary frequencies of old files.
+    """
+    if name.endswith(".self_attn.rotary_emb.inv_freq") or (name == LM_HEAD and not model.has_lm_head):
         return True
-    if name != TIED_HEAD or not architecture.tied or EMBEDDING not in stored:
+    if name != LM_HEAD or not model.architecture.tied or EMBEDDING not in stored:
         return False
-    if not torch.equal(_read(stored, TIED_HEAD), _read(stored, EMBEDDING)):
-        problems.append(f"{TIED_HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true: set it to false")
+    with TensorReader(stored) as reader:
+        is_copy = torch.equal(reader.read(LM_HEAD), reader.read(EMBEDDING))
+    if not is_copy:
+        problems.append(f"{LM_HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true: set it to false")
     return True
 
 
-def _read(stored: dict[str, StoredTensor], name: str) -> torch.Tensor:
-    with safe_open(stored[name].file, framework="pt") as opened:
-        return opened.get_tensor(name)
+class TensorReader:
+    """Reads tensors of a checkpoint directory, one at a time. A context manager.
 
-
-class MappedModel:
-    """A policy as mbridge knows models: its parameters under TransformerEngine's names, one per expert and matrix.
-
-    Megatron's experts without TransformerEngine are modules of their own (`experts.local_experts.3.linear_fc1.weight`); with it
-    they are numbered parameters (`experts.linear_fc1.weight3`). Looked up once: Megatron's state_dict of a thousand experts is
-    slow, and mbridge asks for it once a tensor.
+    The files read last stay open, `MAX_OPEN_FILES` of them: opening one parses what it says of all its tensors, of which a
+    mixture of experts has thousands.
     """
 
-    def __init__(self, policy: PolicyModel) -> None:
-        self.decoder = policy.decoder
-        self._experts_are_whole = policy.config.expert_tensor_parallel_size == 1
-        self._parameters = {_grouped_name(name): parameter for name, parameter in policy.named_parameters()}
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._opened: dict[Path, Any] = {}  #: the one used last at the end
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._parameters.items():
-            # mbridge gathers over tensor ranks what is marked as split. Whole experts are marked too, for the gradient norm.
-            yield name, parameter.detach() if self._experts_are_whole and EXPERTS in name else parameter
+    def __enter__(self) -> TensorReader:
+        return self
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self._parameters
+    def __exit__(self, *unused: object) -> None:
+        while self._opened:
+            self._close_oldest()
 
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The tensor, or a part of it: only that is read from the file."""
+        file = self._stored[name].file
+        opened = self._opened.pop(file, None)
+        if opened is None:
+            if len(self._opened) == MAX_OPEN_FILES:
+                self._close_oldest()
+            opened = safe_open(file, framework="pt").__enter__()
+        self._opened[file] = opened
+        return opened.get_slice(name)[slices] if slices else opened.get_tensor(name)
 
-_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
-_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
-
-
-def _grouped_name(name: str) -> str:
-    return _LOCAL_EXPERT.sub(r".experts.\2.weight\1", name)
-
-
-#: (parameter's name in the whole model, the Hugging Face tensors that it holds), in export order.
-Mapping = list[tuple[str, list[str]]]
-
-
-def _mapping(bridge: Any, chunks: Sequence[PolicyModel], topology: Topology) -> Mapping:
-    """The parameters of all pipeline stages, all experts among them. *All ranks.*
-
-    With tied weights the last of several stages holds a copy of the embedding as its head: it is no tensor of its own.
-    """
-    names = []
-    for chunk in chunks:
-        mapped = MappedModel(chunk)
-        to_global = bridge._weight_name_mapping_mcore_local_to_global(mapped, consider_ep=False)
-        names += [every for name in mapped.state_dict() for every in _on_every_rank(to_global[name], chunk, topology)]
-    mine = [(name, list(bridge._weight_name_mapping_mcore_to_hf(name))) for name in names]
-    stages: list[Mapping] = [mine] * topology.pp_size
-    if topology.pp_size > 1:
-        with topology.deadline("naming the model's weights"):
-            dist.all_gather_object(stages, mine, group=topology.pp_group)
-    mapping = list(itertools.chain.from_iterable(stages))
-    is_tied_copy = chunks[0].architecture.tied and topology.pp_size > 1
-    return [pair for pair in mapping if not (is_tied_copy and pair[0] == "output_layer.weight")]
-
-
-def _on_every_rank(name: str, policy: PolicyModel, topology: Topology) -> list[str]:
-    """The names of the parameter `name` of this rank and, for an expert, of those in its place on the other expert ranks."""
-    match = _GROUPED_EXPERT.search(name)
-    if match is None:
-        return [name]
-    assert policy.architecture.experts is not None
-    held = policy.architecture.experts.count // topology.ep_size
-    return [_GROUPED_EXPERT.sub(rf"\g<1>{rank * held + int(match[2])}", name) for rank in range(topology.ep_size)]
-
-
-def _check_mapping(architecture: Architecture, mapping: Mapping) -> None:
-    """Guards the seam to mbridge: the names it maps the model's parameters to must be the architecture's tensors, each once."""
-    names = list(itertools.chain.from_iterable(hf_names for _, hf_names in mapping))
-    expected = hf_tensor_shapes(architecture)
-    if sorted(names) != sorted(expected):
-        wrong = sorted(set(names) ^ set(expected)) or [name for name in expected if names.count(name) != 1]
-        raise ModelLoadError(f"mbridge maps this {architecture.family} model to other tensors than its config has: {wrong}.")
-
-
-def _make_bridge(policy: PolicyModel, path: str | Path) -> Any:
-    """mbridge's bridge for the model: maps names and layouts only; the model itself is ours."""
-    from mbridge import AutoBridge
-    from mbridge.core import Bridge
-
-    install_megatron_cpu_shim()  # again: mbridge has just been imported
-    a = policy.architecture
-    hf_config = read_hf_config(path)
-    hf_config.head_dim = a.head_dim
-    dtype = next(policy.parameters()).dtype
-    bridge = AutoBridge.from_config(hf_config, dtype=dtype)
-    # mbridge notes a tied head in a dictionary of the class: a tied Qwen would redirect the head of every later untied one.
-    head = EMBEDDING if a.tied else TIED_HEAD
-    bridge._DIRECT_MAPPING = {**bridge._DIRECT_MAPPING, "output_layer.weight": head}
-    # A mixture of experts may have dense layers too; mbridge's bridges for it know none.
-    bridge._MLP_MAPPING = {**Bridge._MLP_MAPPING, **bridge._MLP_MAPPING}
-    if policy.padded_vocab_size != policy.vocab_size:
-        bridge.make_vocab_size_divisible_by = policy.config.tensor_model_parallel_size
-        bridge.vocab_size, bridge.padded_vocab_size = policy.vocab_size, policy.padded_vocab_size
-    return bridge
+    def _close_oldest(self) -> None:
+        self._opened.pop(next(iter(self._opened))).__exit__(None, None, None)
 
 
 class HFExporter:
-    """The policy's weights under Hugging Face names (a `WeightSource`).
+    """A model's weights under Hugging Face names (a `WeightSource`); those of a ValueModel as of sequence classification.
 
     `hf_path` is the directory the model was built from. Order: the model's own parameter order, the same in every call. *All
     ranks* make one.
@@ -247,17 +262,17 @@ class HFExporter:
 
     def __init__(self, chunks: Sequence[PolicyModel], hf_path: str | Path, topology: Topology) -> None:
         self._chunks = list(chunks)
-        self._architecture = chunks[0].architecture
         self.topology = topology
-        self._bridge = _make_bridge(chunks[0], hf_path)
-        mapping = _mapping(self._bridge, chunks, topology)
-        _check_mapping(self._architecture, mapping)
-        self._groups = _fused_groups(mapping)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every exported tensor."""
-        return hf_tensor_shapes(self._architecture)
+        self.is_value_model = not chunks[0].has_lm_head
+        self._table = table_of(chunks[0])
+        self._held = held_parameters(chunks, topology)
+        self._stages = _stages(self._held, self._table, topology)
+        self._groups = _fused_groups(self._table)
+        self._float32 = {name for weight in self._table if weight.is_float32 for name in weight.tensors}
+        self.shapes = tensor_shapes(self._table)  #: full shape of every exported tensor
+        if self.is_value_model:
+            self._groups.append((SCORE,))
+            self.shapes[SCORE] = (1, chunks[0].architecture.hidden_size)
 
     def names(self) -> list[str]:
         """Names in export order."""
@@ -267,39 +282,98 @@ class HFExporter:
         """Names that must travel together, in export order: q, k, v (with their biases), and gate, up; others are alone."""
         return self._groups
 
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What the tensor `name` has in an export in `dtype`: float32 where the family keeps it so whatever the others are."""
+        return torch.float32 if name in self._float32 else dtype
+
     def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """*All ranks, to the end.* (name, full contiguous tensor in `dtype`), from all tensor ranks and stages, one at a time.
+        """*All ranks, to the end.* (name, full contiguous tensor), from all tensor ranks and stages, one at a time.
+
+        In `dtype`, but for the few tensors of `dtype_of`.
 
         The tensor may share memory with a parameter: never write to it, and copy it to keep it beyond the next update of the
         weights. Raises DeadlineError.
         """
-        weights = self._bridge.export_weights([MappedModel(chunk) for chunk in self._chunks])
-        seen: set[str] = set()
+        weights = itertools.chain(self._model_weights(), self._value_head_weights())
         while True:
             # Not around the whole loop: the consumer's code between two tensors runs in its own grad mode.
             with torch.no_grad(), self.topology.deadline("exporting weights"):
                 item = next(weights, None)
                 if item is None:
                     return
-                name, tensor = item[0], item[1].detach().to(dtype).contiguous()
-            if name not in seen:  # the last stage's copy of a tied embedding comes a second time
-                seen.add(name)
-                yield name, tensor
+                name, tensor = item[0], item[1].detach().to(self.dtype_of(item[0], dtype)).contiguous()
+            yield name, tensor
+
+    def _model_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for weight in self._table:
+            parts = self._gathered(weight)
+            yield from zip(weight.tensors, to_tensors(weight, parts), strict=True)
+
+    def _gathered(self, weight: Weight) -> list[torch.Tensor]:
+        """The parts of all tensor ranks, on every rank: from the stage and the expert rank that hold the parameter."""
+        stage, shape, dtype = self._stages[weight.parameter]
+        topology = self.topology
+        held = self._held.get(weight.parameter)
+        if held is None:
+            held = torch.empty(shape, dtype=dtype, device=topology.device)
+        if weight.expert is not None and topology.pp_rank == stage:
+            experts = self._chunks[0].architecture.experts
+            assert experts is not None
+            _broadcast(held, weight.expert // (experts.count // topology.ep_size), topology.ep_group, topology.ep_size)
+        _broadcast(held, stage, topology.pp_group, topology.pp_size)
+        _, ranks = tensor_rank(weight, topology)
+        if weight.split is Split.WHOLE or ranks == 1:
+            return [held]
+        parts = [torch.empty_like(held) for _ in range(ranks)]
+        group = topology.tp_group if weight.expert is None else expert_tensor_group()
+        dist.all_gather(parts, held.contiguous(), group=group)
+        return parts
+
+    def _value_head_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The head of a ValueModel, from the last pipeline stage; nothing of another model."""
+        if self.is_value_model:
+            head = _value_head(self._chunks)
+            weight = self.topology.from_last_stage(None if head is None else head.detach().cpu(), phase="exporting weights")
+            yield SCORE, weight.to(self.topology.device)
 
 
-def _fused_groups(mapping: Mapping) -> list[tuple[str, ...]]:
-    """The mapping's tensors in groups that travel together: those of one module where a parameter holds several.
+def _broadcast(tensor: torch.Tensor, source: int, group: dist.ProcessGroup, ranks: int) -> None:
+    """In place, from the rank of place `source` in the group."""
+    if ranks > 1:
+        dist.broadcast(tensor, dist.get_global_rank(group, source), group=group)
 
-    Each expert is a group of its own: a layer with all its experts would be no bucket's size.
+
+#: Of each parameter of the whole model: the pipeline stage that holds it, and its shape and dtype on one tensor rank.
+Stages = dict[str, tuple[int, torch.Size, torch.dtype]]
+
+
+def _stages(held: dict[str, torch.Tensor], table: list[Weight], topology: Topology) -> Stages:
+    """*All ranks of a pipeline, all expert ranks.* Raises ModelLoadError with the parameters that no stage holds."""
+    mine: Stages = {name: (topology.pp_rank, tensor.shape, tensor.dtype) for name, tensor in held.items()}
+    for group, ranks in ((topology.ep_group, topology.ep_size), (topology.pp_group, topology.pp_size)):
+        if ranks > 1:
+            every: list[Stages] = [mine] * ranks
+            with topology.deadline("naming the model's weights"):
+                dist.all_gather_object(every, mine, group=group)
+            mine = {name: place for stages in every for name, place in stages.items()}
+    if absent := [weight.parameter for weight in table if weight.parameter not in mine]:
+        raise ModelLoadError(f"The model has no parameters for these rows of its family's table: {', '.join(absent)}.")
+    return mine
+
+
+def _fused_groups(table: list[Weight]) -> list[tuple[str, ...]]:
+    """The table's tensors in groups that travel together: those of one module where a parameter holds several.
+
+    Each expert's matrices are a group of their own: a layer with all its experts would be no bucket's size.
     """
 
-    def module_of(pair: tuple[str, list[str]]) -> str:
-        name, hf_names = pair
-        return name.rpartition(".")[0] if len(hf_names) > 1 and not _GROUPED_EXPERT.search(name) else name
+    def module_of(weight: Weight) -> str:
+        alone = len(weight.tensors) == 1 or weight.expert is not None
+        return weight.parameter if alone else weight.parameter.rpartition(".")[0]
 
     return [
-        tuple(itertools.chain.from_iterable(hf_names for _, hf_names in pairs))
-        for _, pairs in itertools.groupby(mapping, key=module_of)
+        tuple(itertools.chain.from_iterable(weight.tensors for weight in weights))
+        for _, weights in itertools.groupby(table, key=module_of)
     ]
 
 
@@ -311,7 +385,7 @@ def save_hf(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the policy as a Hugging Face directory that transformers and vLLM load. *All ranks*; rank 0 writes.
+    """Writes the model as a Hugging Face directory that transformers and vLLM load. *All ranks*; rank 0 writes.
 
     Shards of at most `max_shard_bytes` (a larger single tensor gets its own), one in memory at a time; config.json, tokenizer and
     generation settings from `source_dir`. Atomic: written beside `out_dir` and renamed to it at the end, replacing a directory of
@@ -335,13 +409,14 @@ def _write_directory(
     weights: Iterator[tuple[str, torch.Tensor]], exporter: HFExporter, source: Path, target: Path, dtype: torch.dtype, limit: int
 ) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write_shards(weights, _plan_shards(exporter, dtype.itemsize, limit), scratch)
+        _write_shards(weights, _plan_shards(exporter, dtype, limit), scratch)
         for pattern in COPIED:
             for file in sorted(source.glob(pattern)):
                 shutil.copyfile(file, scratch / file.name)
-        _write_config(source, scratch, dtype)
+        _write_config(source, scratch, dtype, is_value_model=exporter.is_value_model)
         _open_permissions(scratch)
         if target.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
@@ -354,6 +429,20 @@ def _write_directory(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _remove_leftovers(target: Path) -> None:
+    """What exports to `target` left beside it that were killed: each is as large as the model.
+
+    One that was killed between its two renames has moved the old model aside, and nothing into its place: that comes back.
+    """
+    scratch = re.compile(rf"\.{re.escape(target.name)}\.(old\.)?[a-z0-9_]{{8}}")
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        found = scratch.fullmatch(path.name)
+        if found and found.group(1) and not target.exists() and any(path.iterdir()):
+            os.replace(path, target)
+        elif found:
+            shutil.rmtree(path)
+
+
 def _open_permissions(folder: Path) -> None:
     """What the umask would have given: temporary directories and safetensors files are made private."""
     mask = os.umask(0)
@@ -363,12 +452,12 @@ def _open_permissions(folder: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def _plan_shards(exporter: HFExporter, itemsize: int, limit: int) -> list[list[str]]:
+def _plan_shards(exporter: HFExporter, dtype: torch.dtype, limit: int) -> list[list[str]]:
     """The names of each shard, in export order."""
     shards: list[list[str]] = [[]]
     room = limit
     for name in exporter.names():
-        size = torch.Size(exporter.shapes[name]).numel() * itemsize
+        size = torch.Size(exporter.shapes[name]).numel() * exporter.dtype_of(name, dtype).itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = limit
@@ -391,9 +480,15 @@ def _write_shards(weights: Iterator[tuple[str, torch.Tensor]], plan: list[list[s
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(source: Path, folder: Path, dtype: torch.dtype, *, is_value_model: bool) -> None:
     settings = json.loads((source / "config.json").read_text())
     # transformers 5 calls the key "dtype", 4 "torch_dtype"; the file keeps the one it came with.
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
     settings[key] = str(dtype).removeprefix("torch.")
+    settings |= {name: 0 for name in EXTRA_LAYERS if name in settings}  # they are not exported
+    if is_value_model:
+        # How transformers spells a classifier with one label: a number instead of classes.
+        causal = settings.get("architectures") or []
+        settings["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in causal]
+        settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -76,8 +76,8 @@ MEGATRON_MODULES = (
     "megatron.core.transformer.moe.moe_layer",
 )
 
-#: Packages whose modules see the proxy. mbridge asks for the current device when it hands a weight on along the pipeline.
-_SHIMMED = ("megatron.core", "mbridge.core")
+#: Packages whose modules see the proxy.
+_SHIMMED = ("megatron.core",)
 
 FACTORIES = (
     "arange",

@@ -156,6 +156,14 @@ class Topology:
             dist.all_gather_into_tensor(gathered, values.contiguous(), group=self.cp_group)
         return gathered
 
+    def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of the context ranks' values, differentiable: gradients are summed over the ranks too. *All context ranks.*"""
+        if self.cp_size == 1:
+            return values
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(values, group=self.cp_group)
+
     def all_reduce_metrics(
         self, metrics: Mapping[str, float], op: Literal["sum", "mean", "max", "min"] = "sum", phase: str = "metrics"
     ) -> dict[str, float]:

@@ -36,12 +36,13 @@ class _TimedStream:
 def publish(
     source: WeightSource, sink: WeightSink | None, version: int, dtype: torch.dtype, *, bucket_bytes: int
 ) -> WeightVersion | None:
-    """Proof that the engine serves `version`, with the seconds of each phase; None on ranks without a sink.
+    """Proof that engines serve `version`, with the seconds of each phase; None on ranks without a sink.
 
-    *All ranks* call it: gathering the weights is collective. The rank that owns the engine passes its sink, the others
-    None. `bucket_bytes` bounds the bytes in flight (`rollout.weight_bucket_mib`); whole fused groups travel together.
+    *All ranks* call it: gathering the weights is collective. The rank that owns the engines passes its sink, the others
+    None. `bucket_bytes` bounds a bucket (`rollout.weight_bucket_mib`), of which two are in flight; whole fused groups travel
+    together. The engines that were left out are in the result (`failed`).
 
-    If the engine refuses, its sink is aborted and the source's stream is drained before the error is raised, so that no
+    If every engine refuses, its sink is aborted and the source's stream is drained before the error is raised, so that no
     other rank is left waiting in a gather; the other ranks return normally. Raises WeightSyncError or RolloutError.
     """
     weights = _TimedStream(iter(source.iter_weights(dtype)))
@@ -53,8 +54,9 @@ def publish(
     started = time.perf_counter()
     published = None
     try:
-        sink.start(version, source.fused_groups())
-        for bucket in plan_buckets(weights, source.fused_groups(), bucket_bytes):
+        groups = source.fused_groups()
+        sink.start(version, groups)
+        for bucket in plan_buckets(weights, groups, bucket_bytes):
             sink.put(bucket)
         published = sink.finish()
     finally:
