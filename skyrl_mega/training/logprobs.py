@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,26 +10,11 @@ from skyrl_mega.models.build import output_weight, unwrap, vocab_range
 from skyrl_mega.types import MicroBatch
 from skyrl_mega_kernels.linear_logprobs import LogprobsOutput, linear_logprobs
 from skyrl_mega_kernels.linear_policy_loss import ChunkLoss, LinearPolicyLossOutput, linear_policy_loss
-from skyrl_mega_kernels.topk_logprobs import truncation_floor
+from skyrl_mega_kernels.topk_logprobs import logprobs_at, topk_logprobs, truncation_floor
 
 if TYPE_CHECKING:
     from skyrl_mega.config.schema import Config
     from skyrl_mega.parallel.topology import Topology
-
-
-def whole(values_T: torch.Tensor, part: MicroBatch, topology: Topology) -> torch.Tensor:
-    """A value for each token of the whole micro-batch, in its order, from those of every rank's part. *All context ranks.*"""
-    if part.context is None:
-        return values_T
-    places = part.context.key_places[: part.context.num_tokens].to(values_T.device)
-    return topology.gather_context(values_T)[places]
-
-
-def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same micro-batch with its tensors on `device`."""
-    tensors = {f.name: getattr(micro_batch, f.name) for f in fields(micro_batch)}
-    moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
-    return replace(micro_batch, **moved)
 
 
 def head_logprobs(
@@ -50,6 +34,31 @@ def head_logprobs(
     """
     settings = _head_settings(hidden_TH, model, micro_batch, config, topology, temperature)
     return linear_logprobs(hidden_TH, output_weight(model), micro_batch.labels, return_entropy=return_entropy, **settings)
+
+
+def head_logprobs_at(
+    hidden_TH: torch.Tensor,
+    model: torch.nn.Module,
+    micro_batch: MicroBatch,
+    config: Config,
+    topology: Topology,
+    ids_TK: torch.Tensor,
+) -> torch.Tensor:
+    """Log-probabilities float32 [T, K] of the tokens `ids_TK` (int64, -1 for none: -inf), over the whole vocabulary at the
+    rollout's temperature; all tensor ranks call. Differentiable."""
+    settings = _head_settings(hidden_TH, model, micro_batch, config, topology, config.rollout.temperature)
+    del settings["floor"]
+    return logprobs_at(hidden_TH, output_weight(model), ids_TK, **settings).logprobs
+
+
+def head_topk(
+    hidden_TH: torch.Tensor, model: torch.nn.Module, micro_batch: MicroBatch, config: Config, topology: Topology, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids int64 [T, K], log-probabilities float32 [T, K]) of the K likeliest tokens, likewise."""
+    settings = _head_settings(hidden_TH, model, micro_batch, config, topology, config.rollout.temperature)
+    del settings["floor"]
+    output = topk_logprobs(hidden_TH, output_weight(model), k, **settings)
+    return output.ids, output.logprobs
 
 
 def head_loss(
@@ -84,6 +93,7 @@ def _head_settings(
         "vocab_start": start,
         "vocab_size": unwrap(model).vocab_size,
         "tp_group": topology.tp_group if topology.tp_size > 1 else None,
+        "logit_softcap": unwrap(model).architecture.logits_softcap,
     }
     floor = None
     top_k, top_p = config.rollout.top_k, config.rollout.top_p

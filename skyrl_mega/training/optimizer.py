@@ -1,4 +1,4 @@
-"""AdamW over Megatron's gradient buffers: construction, learning-rate schedule, one guarded step.
+"""The optimizer over Megatron's gradient buffers: its construction, and one guarded step.
 
 On CPU Megatron-Core falls back to torch's AdamW; two of its habits are mended here. Its state is filled at construction, so
 that memory is at its peak before the first step and a checkpoint can be taken (and loaded) before any update. And torch's
@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from skyrl_mega.config.learning_rate import learning_rate
 from skyrl_mega.config.schema import OptimizerConfig
-from skyrl_mega.errors import NumericsError
+from skyrl_mega.errors import ConfigError, NonFiniteUpdateError
 from skyrl_mega.training.optimizer_state import sharded_tensors
 
 if TYPE_CHECKING:
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
-
-
-def learning_rate(config: OptimizerConfig, update: int) -> float:
-    """The learning rate of optimizer update number `update` (from 0): linear warm-up, then constant."""
-    if update < config.warmup_updates:
-        return config.lr * (update + 1) / config.warmup_updates
-    return config.lr
 
 
 def build_optimizer(
@@ -36,9 +30,10 @@ def build_optimizer(
     distributed: bool,
     overlap_param_gather: bool,
 ) -> MegatronOptimizer:
-    """Megatron's optimizer over `chunks`; every setting of `config` reaches AdamW. All ranks call.
+    """Megatron's optimizer over `chunks`; every setting of `config` reaches AdamW or Muon. All ranks call.
 
-    bfloat16 parameters get float32 masters; `distributed` shards masters and moments over the data-parallel ranks.
+    bfloat16 parameters get float32 masters; `distributed` shards masters and moments over the data-parallel ranks. Raises
+    ConfigError for Muon with `distributed`.
     """
     import torch
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -59,6 +54,15 @@ def build_optimizer(
     )
     # The standard overrides exempt norms and biases from weight decay; Megatron applies none unless asked.
     optimizer = get_megatron_optimizer(megatron_config, chunks, config_overrides=get_standard_config_overrides(megatron_config))
+    if config.name == "muon":
+        from skyrl_mega.models.build import unwrap
+        from skyrl_mega.training.muon import use_muon
+
+        if distributed:
+            raise ConfigError("Muon works on whole matrices: it needs `parallel.distributed_optimizer=false`.")
+        adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": config.weight_decay}
+        use_muon(optimizer, [unwrap(chunk) for chunk in chunks], adamw, config.muon)
+        return optimizer
     _use_fused_kernel(torch_optimizers(optimizer))
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
@@ -91,9 +95,11 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> 
 
 def set_num_steps(optimizer: MegatronOptimizer, num_steps: int) -> None:
     """Sets AdamW's own count of steps, which corrects the moments' bias, once a checkpoint has filled the moments."""
+    from skyrl_mega.training.muon import MuonWithAdamW
+
     counts_per_parameter = torch_optimizers(optimizer)
     for part in optimizer.chained_optimizers:
-        if part.optimizer in counts_per_parameter:
+        if part.optimizer in counts_per_parameter or isinstance(part.optimizer, MuonWithAdamW):
             for state in part.optimizer.state.values():
                 state["step"].fill_(num_steps)
         elif part.optimizer is not None:
@@ -101,12 +107,15 @@ def set_num_steps(optimizer: MegatronOptimizer, num_steps: int) -> None:
                 group["step"] = num_steps
 
 
-def step(optimizer: MegatronOptimizer, config: OptimizerConfig, update: int) -> tuple[float, float]:
+def step(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, update: int, *, planned_updates: int = 0, setting: str = "optimizer"
+) -> tuple[float, float]:
     """Clips and applies the accumulated gradients; returns (gradient norm before clipping, learning rate). All ranks call.
 
-    Raises NumericsError, with the weights untouched, if the gradient norm is not finite.
+    `planned_updates`: as in `learning_rate`. `setting` is what the configuration calls `config`. Raises NonFiniteUpdateError on
+    every rank, with weights and optimizer state untouched, if the gradient norm is not finite.
     """
-    lr = learning_rate(config, update)
+    lr = learning_rate(config, update, planned_updates=planned_updates)
     for group in optimizer.param_groups:
         # Megatron leaves the multiplier to its scheduler; without it norms and biases would be decayed too.
         group["lr"] = lr
@@ -114,9 +123,9 @@ def step(optimizer: MegatronOptimizer, config: OptimizerConfig, update: int) -> 
     overflow = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if overflow or not math.isfinite(grad_norm):
-        raise NumericsError(
+        raise NonFiniteUpdateError(
             f"the gradient norm of update {update} is {grad_norm}: the step was not applied. The last checkpoint is good; "
-            "lower optimizer.lr, or train in float32 to find the cause."
+            f"lower {setting}.lr, or train in float32 to find the cause."
         )
     if config.clip_grad_norm > 0.0:
         _clip(optimizer, config.clip_grad_norm, grad_norm)

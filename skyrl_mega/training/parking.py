@@ -1,13 +1,14 @@
-"""Optimizer state that lies in host memory except while an update uses it.
+"""Tensors that lie in host memory except while they are used: optimizer state, and the weights of frozen models.
 
 AdamW's moments, and the float32 masters of bfloat16 weights, are six times the size of the weights and are touched once per
-update. Parked, they leave the device to activations, and to an engine on the same card. The device's memory is freed by
-emptying the tensors' storage, so that every reference to them stays what it was.
+update; a reference or a teacher is read once per step. Parked, they leave the device to activations, and to an engine on the
+same card. The device's memory is freed by emptying the tensors' storage, so that every reference to them stays what it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +17,11 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
 
-class ParkedState:
-    """The state tensors of an optimizer, in host memory (pinned beside CUDA) until `fetch`, and again after `park`."""
+class ParkedTensors:
+    """Tensors in host memory (pinned beside CUDA) until `fetch`, and again after `park`. Each must fill its storage."""
 
-    def __init__(self, optimizer: MegatronOptimizer, weights: Iterable[torch.nn.Parameter]) -> None:
-        """`weights` are the model's: what shares memory with them, or with gradients, is not parked."""
-        self._tensors = own_tensors(optimizer, weights)
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
         self._host = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in self._tensors]
         self._sizes = [t.untyped_storage().nbytes() for t in self._tensors]
         self.is_parked = False
@@ -32,19 +32,20 @@ class ParkedState:
         """What the device is spared."""
         return sum(self._sizes)
 
-    def park(self) -> None:
-        """Moves the state to the host; nothing where it is there already."""
+    def park(self, *, is_changed: bool = True) -> None:
+        """Moves the tensors to the host; nothing where they are there already. Not `is_changed`: the host's copy is as good."""
         if self.is_parked:
             return
-        for tensor, host in zip(self._tensors, self._host, strict=True):
-            host.copy_(tensor, non_blocking=True)
+        if is_changed:
+            for tensor, host in zip(self._tensors, self._host, strict=True):
+                host.copy_(tensor, non_blocking=True)
         _wait(self._tensors)
         for tensor in self._tensors:
             tensor.untyped_storage().resize_(0)
         self.is_parked = True
 
     def fetch(self) -> None:
-        """Moves the state to the device; nothing where it is there already."""
+        """Moves the tensors to the device; nothing where they are there already."""
         if not self.is_parked:
             return
         for tensor, host, size in zip(self._tensors, self._host, self._sizes, strict=True):
@@ -52,6 +53,20 @@ class ParkedState:
             tensor.copy_(host, non_blocking=True)
         _wait(self._tensors)
         self.is_parked = False
+
+    @contextlib.contextmanager
+    def on_device(self, *, is_changed: bool) -> Iterator[None]:
+        """The tensors are there in the block, which changes them or does not."""
+        self.fetch()
+        try:
+            yield
+        finally:
+            self.park(is_changed=is_changed)
+
+
+def frozen_weights(chunks: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """The weights of a model that is not trained, each once."""
+    return list({id(weight): weight.detach() for chunk in chunks for weight in chunk.parameters()}.values())
 
 
 def own_tensors(optimizer: MegatronOptimizer, weights: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:

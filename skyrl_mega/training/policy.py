@@ -1,103 +1,105 @@
-"""The trainable policy: a Megatron model in its gradient buffers, its optimizer, and what the loop asks of them.
+"""The trainable policy: what the loop asks of it, and its loss.
 
 Both passes, with and without gradient, run through Megatron's own forward-backward schedule, so that every layout it knows
-takes the same way. The loss is scaled by the *global* batch's normalisers before the backward pass; gradients are then only
-summed, over micro-batches and over data- and context-parallel ranks, and nothing is divided afterwards.
+takes the same way. Everything that does not depend on the loss is in `trainable`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from skyrl_mega.algorithms.loss import LossStats, mean_stats, merge_stats, policy_objective
-from skyrl_mega.algorithms.policy_losses import TOKEN_SEPARABLE, LossInputs
-from skyrl_mega.algorithms.reductions import reduction_weights
-from skyrl_mega.data.context_shards import context_part
-from skyrl_mega.errors import ConfigError, NumericsError
-from skyrl_mega.training import optimizer as optim
-from skyrl_mega.training.expert_load import announce_tokens, expert_load_metrics
-from skyrl_mega.training.logprobs import head_logprobs, head_loss, to_device, whole
-from skyrl_mega.training.parking import ParkedState
+from skyrl_mega.algorithms.advantages import needs
+from skyrl_mega.algorithms.loss import LossStats, Objective, mean_stats, merge_stats
+from skyrl_mega.algorithms.policy_losses import LossInputs
+from skyrl_mega.algorithms.sequences import Sequences
+from skyrl_mega.config.learning_rate import policy_updates
+from skyrl_mega.errors import ConfigError, NonFiniteUpdateError
+from skyrl_mega.training.expert_load import expert_load_metrics
+from skyrl_mega.training.logprobs import head_logprobs, head_logprobs_at, head_loss
+from skyrl_mega.training.routing import recorded_routing
+from skyrl_mega.training.schedule import forward_per_token
+from skyrl_mega.training.trainable import Trainable
 from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
 from skyrl_mega_kernels.backends import backends_that_ran
 
 if TYPE_CHECKING:
-    from skyrl_mega.config.schema import AlgorithmConfig, Config
+    from skyrl_mega.config.schema import Config
     from skyrl_mega.models.build import PolicyModel
     from skyrl_mega.parallel.topology import Topology
 
 
-#: Tokens of a rank's matrix products come in multiples of this, by recipe of `model.fp8`.
-FP8_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+class Policy(Trainable):
+    """Implements `protocols.PolicyLike`; every method is called by all ranks."""
 
-
-class Policy:
-    """Implements `protocols.PolicyLike`; every method is called by all ranks.
-
-    `num_updates` counts optimizer updates so far (it drives the learning-rate schedule).
-    """
-
-    def __init__(self, config: Config, topology: Topology, chunks: list[PolicyModel]) -> None:
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-        from megatron.core.distributed import finalize_model_grads as finalize
-
-        from skyrl_mega.models.hf_io import HFExporter
-
-        self.config = config
-        self.topology = topology
-        self.chunks = chunks
-        self.num_updates = 0
-        self._fuses_loss = fuses_loss(config)
-        self._exporter = HFExporter(chunks, config.model.path, topology)
-        parallel = config.parallel
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=parallel.distributed_optimizer,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-        )
-        # Gradients of the later chunks of a stage need no small buckets: only the first chunk's backward ends last.
-        self.ddps = [
-            DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
-            for number, chunk in enumerate(chunks)
-        ]
-        for ddp in self.ddps:
-            ddp.broadcast_params()
-        self.optimizer = optim.build_optimizer(
-            config.optimizer,
-            self.ddps,
-            dtype=getattr(torch, config.model.dtype),
-            distributed=parallel.distributed_optimizer,
-            overlap_param_gather=parallel.overlap_param_gather,
-        )
-        self._gather_is_pending = False
-        weights = [weight for chunk in chunks for weight in chunk.parameters()]
-        self._parked = ParkedState(self.optimizer, weights) if config.optimizer.offload else None
-        # The loss is already normalised by the global batch, so finalising must not divide by a token count.
-        chunks[0].config.finalize_model_grads_func = lambda chunks, _num_tokens, **groups: finalize(chunks, None, **groups)
-        if parallel.overlap_grad_reduce:
-            # Reductions start in the last micro-batch's backward; the schedules hold them back before it.
-            chunks[0].config.no_sync_func = [ddp.no_sync for ddp in self.ddps] if len(chunks) > 1 else self.ddps[0].no_sync
+    def __init__(self, config: Config, topology: Topology, chunks: list[PolicyModel], *, adapter: str | None = None) -> None:
+        #: Where an adaptive coefficient of the KL term stands; None: `algorithm.kl.coef`.
+        self.kl_coef: float | None = None
+        self._objective = Objective(config.algorithm, config.model.kernels)
+        self._fuses_loss = fuses_loss(config, self._objective)
+        super().__init__(config, topology, chunks, adapter=adapter)
 
     @classmethod
     def from_hf(cls, config: Config, topology: Topology) -> Policy:
-        """The policy with the weights of `config.model.path`."""
+        """The policy with the weights of `config.model.path`, and beside them an adapter if the `lora` section asks for one."""
         from skyrl_mega.models.build import build_model
         from skyrl_mega.models.hf_io import load_hf_weights
 
         chunks = build_model(config, topology)
         load_hf_weights(chunks, config.model.path, topology)
-        return cls(config, topology, chunks)
+        if config.lora.rank == 0:
+            return cls(config, topology, chunks)
+        from skyrl_mega.models.lora import DEFAULT, Adapters
+
+        Adapters(chunks, config.model.path, topology)
+        return cls._with_adapter(config, topology, chunks, DEFAULT)
+
+    @classmethod
+    def _with_adapter(cls, config: Config, topology: Topology, chunks: list[PolicyModel], name: str) -> Policy:
+        from skyrl_mega.models.lora_weights import load_adapter
+
+        adapters = chunks[0].adapters
+        adapters.add(name, config.lora, seed=config.trainer.seed)
+        if config.lora.path:
+            load_adapter(adapters, name, config.lora.path)
+        return cls(config, topology, chunks, adapter=name)
+
+    def beside(self, name: str, config: Config) -> Policy:
+        """A policy that trains another adapter of the same model, with an optimizer of its own. *All ranks.*
+
+        `config`: its `lora`, `optimizer` and `algorithm` sections; layout and model are this policy's. Raises ConfigError where
+        this policy trains the whole model, or has an adapter of that name.
+        """
+        if self.chunks[0].adapters is None:
+            raise ConfigError("a second policy on the same model needs `lora.rank` > 0: this one trains the model's own weights.")
+        return self._with_adapter(config, self.topology, self.chunks, name)
 
     @property
-    def implementation(self) -> dict[str, str]:
-        """Which layers and which attention run; see PolicyModel."""
-        return self.chunks[0].implementation
+    def vocab_size(self) -> int:
+        """How many tokens the policy knows."""
+        return self.chunks[0].vocab_size
+
+    @contextmanager
+    def trained_by(self, config: Config) -> Iterator[None]:
+        """Inside the block updates are made by the algorithm, sampler and optimizer settings of `config`: a warm-up's, say.
+
+        Model, layout and AdamW's state stay what they are. Raises ConfigError as the constructor does.
+        """
+        own = self.config, self._objective, self._fuses_loss
+        objective = Objective(config.algorithm, config.model.kernels)
+        self.config, self._objective, self._fuses_loss = config, objective, fuses_loss(config, objective)
+        try:
+            yield
+        finally:
+            self.config, self._objective, self._fuses_loss = own
+
+    def _plan_updates(self, config: Config) -> int:
+        return policy_updates(config, has_critic="values" in needs(config.algorithm))
 
     # -- passes ---------------------------------------------------------------------------------------------------------
 
@@ -108,35 +110,33 @@ class Policy:
         `temperature` given; 0 where loss_mask is False.
         """
         self._complete_weights()
-        return forward_logprobs(self.chunks, batch, self.config, self.topology, temperature=temperature)
+        with self.weights.on():
+            return forward_logprobs(self.chunks, batch, self.config, self.topology, temperature=temperature)
+
+    def fill_old_logprobs(self, batch: TrainBatch) -> None:
+        """Gives every micro-batch its old_logprobs under the current weights; with router_replay=old also its routed_experts."""
+        records = self.config.model.router_replay == "old"
+        with recorded_routing(self.chunks, batch, self.config, self.topology) if records else nullcontext():
+            logprobs = self.compute_logprobs(batch)
+        for micro_batch, old_logprobs in zip(batch.micro_batches, logprobs, strict=True):
+            micro_batch.old_logprobs = old_logprobs
 
     def train_step(self, batch: TrainBatch) -> Metrics:
         """One optimizer update over all micro-batches; returns numbers reduced over the global batch.
 
         A batch in which every advantage is zero changes nothing: no update is made and `update/skipped` is 1.
-        Raises NumericsError, with the weights untouched, if the loss or the gradient norm is not finite.
+        Raises NonFiniteUpdateError on every rank, with weights and optimizer untouched, if the loss or the gradient norm is not
+        finite.
         """
         if not batch.micro_batches:
             return {"update/skipped": 1.0, "update/samples_skipped": float(batch.num_skipped)}
-        for ddp in self.ddps:
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        parts = (_my_part(micro_batch, self.config, self.topology) for micro_batch in batch.micro_batches)
-        announce_tokens(self.chunks, parts, self.topology)
-        with self.topology.deadline("train"):
-            outputs = run_schedule(self.ddps, batch.micro_batches, partial(self._forward_step, batch), forward_only=False)
+        outputs = self._accumulate_gradients(batch, partial(self._loss, batch))
         metrics = self.topology.from_last_stage(self._reduce(outputs) if outputs else None, phase="loss")
+        metrics |= expert_load_metrics(self.chunks, self.topology)  # which also empties the routers' counts
         if not math.isfinite(metrics["loss/total"]):
             parts = {name: value for name, value in metrics.items() if name.startswith("loss/")}
-            raise NumericsError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
-        metrics |= expert_load_metrics(self.chunks, self.topology)
-        if self._parked is not None:
-            self._parked.fetch()
-        with self.topology.deadline("update"):
-            grad_norm, lr = optim.step(self.optimizer, self.config.optimizer, self.num_updates)
-        self._gather_is_pending = self.config.parallel.overlap_param_gather
-        self.park_optimizer()
-        self.num_updates += 1
+            raise NonFiniteUpdateError(f"the loss of update {self.num_updates} is not finite; the step was not applied: {parts}")
+        grad_norm, lr = self._apply_gradients()
         metrics |= {
             "update/grad_norm": grad_norm,
             "update/lr": lr,
@@ -148,43 +148,76 @@ class Policy:
         }
         return metrics
 
-    def _forward_step(self, batch: TrainBatch, micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
-        from skyrl_mega.models.build import forward_hidden
-
-        self.topology.progress()
-        micro_batch = _my_part(next(micro_batches), self.config, self.topology)
-        return forward_hidden(model, micro_batch), partial(self._loss, batch, micro_batch)
-
-    def _complete_weights(self) -> None:
-        """Gathers the weights of the last update, where that was left to the next update's forward. *All ranks.*"""
-        if self._gather_is_pending:
-            for ddp in self.ddps:
-                ddp.start_param_sync(force_sync=True)
-            self._gather_is_pending = False
-
     def _loss(self, batch: TrainBatch, micro_batch: MicroBatch, hidden_TH: torch.Tensor) -> tuple:
         """(objective, token count, statistics): the triple that Megatron's schedule expects of a loss function."""
         self._gather_head()
-        weights_T = reduction_weights(
-            self.config.algorithm.reduction,
-            micro_batch.loss_mask,
-            micro_batch.cu_seqlens,
-            micro_batch.loss_tokens_per_sequence,
-            batch.num_loss_tokens,
-            batch.num_sequences,
-        )
         place = (hidden_TH, self.chunks[-1], micro_batch, self.config, self.topology)
-        objective = partial(_objective, self.config.algorithm, micro_batch, weights_T)
+        weights_T = self._token_weights(batch, micro_batch)
+        sequences = sequences_of(micro_batch, self.topology)
+        every_token = torch.arange(micro_batch.num_tokens, device=hidden_TH.device)
         if self._fuses_loss:
+            logprobs_T = hidden_TH.new_zeros(micro_batch.num_tokens, dtype=torch.float32)
+
+            def objective(
+                index_C: torch.Tensor, logprobs_C: torch.Tensor, entropy_C: torch.Tensor | None
+            ) -> tuple[torch.Tensor, LossStats]:
+                logprobs_T[index_C] = logprobs_C.detach()
+                inputs = self._inputs_of(micro_batch, index_C, logprobs_C, entropy_C)
+                return self._objective(inputs, weights_T[index_C], kl_coef=self.kl_coef)
+
             loss, chunks = head_loss(*place, objective)
             stats = merge_stats(chunks)
+            stats.sums.update(
+                self._objective.sequence_sums(self._inputs_of(micro_batch, every_token, logprobs_T, sequences=sequences))
+            )
         else:
             head = head_logprobs(*place, return_entropy=True)
-            every_token = torch.arange(micro_batch.num_tokens, device=hidden_TH.device)
-            loss, stats = objective(every_token, head.logprobs, head.entropy)
+            topk_logprobs = None
+            if "teacher_topk" in self._objective.needs:
+                topk_logprobs = head_logprobs_at(*place, _teacher_topk_ids(micro_batch, self.config.algorithm.policy_loss))
+            inputs = self._inputs_of(
+                micro_batch, every_token, head.logprobs, head.entropy, sequences=sequences, topk_logprobs=topk_logprobs
+            )
+            loss, stats = self._objective(inputs, weights_T, kl_coef=self.kl_coef)
         if self.config.parallel.overlap_grad_reduce:
             loss.register_hook(self._announce_head_gradient)
         return loss, torch.zeros([], dtype=torch.int, device=hidden_TH.device), stats
+
+    def _inputs_of(
+        self,
+        micro_batch: MicroBatch,
+        index_C: torch.Tensor,
+        logprobs_C: torch.Tensor,
+        entropy_C: torch.Tensor | None = None,
+        *,
+        sequences: Sequences | None = None,
+        topk_logprobs: torch.Tensor | None = None,
+    ) -> LossInputs:
+        """What the objective looks at of the micro-batch's tokens `index_C` (int64 [C]), with their current logprobs.
+
+        `sequences` and `topk_logprobs` are there only where C is all tokens.
+        """
+
+        def at(values_T: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values_T is None else values_T[index_C]
+
+        rollout_logprobs_C = micro_batch.rollout_logprobs[index_C]
+        old_logprobs_C = rollout_logprobs_C if self.config.algorithm.old_logprobs == "rollout" else at(micro_batch.old_logprobs)
+        return LossInputs(
+            logprobs=logprobs_C,
+            # One update per batch: the policy before the update is the policy now.
+            old_logprobs=logprobs_C.detach() if old_logprobs_C is None else old_logprobs_C,
+            advantages=micro_batch.advantages[index_C],
+            loss_mask=micro_batch.loss_mask[index_C],
+            entropy=entropy_C,
+            ref_logprobs=at(micro_batch.ref_logprobs),
+            rollout_logprobs=rollout_logprobs_C,
+            sequences=sequences,
+            marked=at(None if micro_batch.marked is None else micro_batch.marked > 0),
+            staleness=at(micro_batch.staleness),
+            topk_logprobs=topk_logprobs,
+            teacher_topk_logprobs=micro_batch.teacher_topk_logprobs if topk_logprobs is not None else None,
+        )
 
     def _gather_head(self) -> None:
         """Waits for the head's updated weight. For weights that a module's forward uses, hooks of Megatron's do this."""
@@ -201,8 +234,8 @@ class Policy:
         from skyrl_mega.models.build import output_weight
 
         head = self.chunks[-1]
-        if not (head.pre_process and head.share_embeddings_and_output_weights):
-            weight = output_weight(head)
+        weight = output_weight(head)
+        if weight.requires_grad and not (head.pre_process and head.share_embeddings_and_output_weights):
             weight.grad_added_to_main_grad = True
             weight.grad = weight.new_zeros(()).expand_as(weight)
 
@@ -214,130 +247,34 @@ class Policy:
         kernels = {f"kernels/{operator}/{backend}": 1.0 for operator, ran in backends_that_ran().items() for backend in ran}
         return mean_stats(reduce(sums, op="sum")) | reduce(maxima, op="max") | kernels
 
-    def park_optimizer(self) -> None:
-        """Moves the optimizer's state to host memory again, where `optimizer.offload` asks for that. *All ranks.*"""
-        if self._parked is not None:
-            self._parked.park()
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------------
-
-    def sharded_state(self) -> dict[str, Any]:
-        """Model and optimizer as a Megatron dist checkpoint holds them: views of their memory, which loading fills.
-
-        With `optimizer.offload` the state stays on the device until `park_optimizer`.
-        """
-        from skyrl_mega.models.build import sharded_state
-
-        self._complete_weights()
-        if self._parked is not None:
-            self._parked.fetch()
-        model_state = sharded_state(self.chunks)
-        return {"model": model_state, "optimizer_state": optim.sharded_state(self.optimizer, model_state)}
-
-    def load_state(self, state: dict[str, Any], *, num_updates: int) -> None:
-        """Completes what loading into `sharded_state` began."""
-        from skyrl_mega.models.build import load_state
-
-        load_state(self.chunks, state["model"])
-        optim.set_num_steps(self.optimizer, num_updates)
-        self.num_updates = num_updates
-        self.park_optimizer()
-
-    # -- weights (protocols.WeightSource) -------------------------------------------------------------------------------
-
-    def fused_groups(self) -> Sequence[tuple[str, ...]]:
-        return self._exporter.fused_groups()
-
-    def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        self._complete_weights()
-        return self._exporter.iter_weights(dtype)
-
-    def save_hf(self, output: str) -> None:
-        """Writes the policy as a Hugging Face directory with the source's config and tokenizer files."""
-        from skyrl_mega.models.hf_io import save_hf
-
-        self._complete_weights()
-        save_hf(self._exporter, self.config.model.path, output, getattr(torch, self.config.model.dtype))
-
-
-def packing_multiples(config: Config, topology: Topology) -> dict[str, int]:
-    """What the layout asks of `balance_and_pack`: tokens per micro-batch, and micro-batches per update, in multiples."""
-    return {
-        # Context-parallel ranks pad their parts themselves.
-        "pad_to_multiple": _token_multiple(config, topology) if topology.cp_size == 1 else 1,
-        # The interleaved schedule sends micro-batches through the stages in groups of the pipeline's size.
-        "micro_batch_multiple": topology.pp_size if config.parallel.virtual_pipeline > 1 else 1,
-    }
-
-
-def _token_multiple(config: Config, topology: Topology) -> int:
-    """The number of tokens that a rank computes at once must be a multiple of this."""
-    return (topology.tp_size if config.parallel.sequence_parallel else 1) * FP8_TOKENS.get(config.model.fp8, 1)
-
-
-def _my_part(micro_batch: MicroBatch, config: Config, topology: Topology) -> MicroBatch:
-    """What this context-parallel rank computes of the micro-batch, on its device."""
-    multiple = _token_multiple(config, topology)
-    return to_device(context_part(micro_batch, topology.cp_rank, topology.cp_size, pad_to_multiple=multiple), topology.device)
-
-
-def fuses_loss(config: Config) -> bool:
+def fuses_loss(config: Config, objective: Objective) -> bool:
     """Whether LM head and loss run in one pass. Raises ConfigError where that was asked for and the loss does not allow it."""
-    loss = config.algorithm.policy_loss
-    if config.model.fused_loss == "on" and loss not in TOKEN_SEPARABLE:
+    if config.model.fused_loss == "on" and not objective.token_separable:
         raise ConfigError(
-            f"`model.fused_loss` is on and `algorithm.policy_loss` ({loss}) is no sum over tokens; set `model.fused_loss=auto`."
+            f"`model.fused_loss` is on and `algorithm.policy_loss` ({config.algorithm.policy_loss}), or a stage of"
+            " `algorithm.off_policy`, is no sum over tokens; set `model.fused_loss=auto`."
         )
-    return config.model.fused_loss != "off" and loss in TOKEN_SEPARABLE
+    return config.model.fused_loss != "off" and objective.token_separable
 
 
-def _objective(
-    config: AlgorithmConfig,
-    micro_batch: MicroBatch,
-    weights_T: torch.Tensor,
-    index_C: torch.Tensor,
-    logprobs_C: torch.Tensor,
-    entropy_C: torch.Tensor | None,
-) -> tuple[torch.Tensor, LossStats]:
-    """The objective of the micro-batch's tokens `index_C` (int64 [C]) from their current logprobs and entropies."""
-
-    def at(values_T: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values_T is None else values_T[index_C]
-
-    old_logprobs_C = at(micro_batch.old_logprobs)
-    inputs = LossInputs(
-        logprobs=logprobs_C,
-        # One update per batch: the policy before the update is the policy now.
-        old_logprobs=logprobs_C.detach() if old_logprobs_C is None else old_logprobs_C,
-        advantages=micro_batch.advantages[index_C],
-        loss_mask=micro_batch.loss_mask[index_C],
-        entropy=entropy_C,
-        ref_logprobs=at(micro_batch.ref_logprobs),
-        rollout_logprobs=micro_batch.rollout_logprobs[index_C],
-    )
-    return policy_objective(config, inputs, weights_T[index_C])
+def _teacher_topk_ids(micro_batch: MicroBatch, policy_loss: str) -> torch.Tensor:
+    if micro_batch.teacher_topk_ids is None:
+        raise ConfigError(
+            f"`algorithm.policy_loss` ({policy_loss}) needs the teacher's likeliest tokens with every batch: set `teacher.path`"
+            " and `teacher.topk`, and call `fill_teacher_topk` before the update."
+        )
+    return micro_batch.teacher_topk_ids
 
 
-def run_schedule(
-    chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], forward_step: Any, *, forward_only: bool
-) -> list:
-    """Megatron's forward-backward schedule over the micro-batches; returns the loss functions' third results.
-
-    `chunks` are this rank's, wrapped or not; with several of them it is the interleaved schedule, arXiv:2104.04473.
-
-    Only the last pipeline stage has a loss: the list is empty on the others.
-    """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(micro_batches),
-        seq_length=max(mb.num_tokens for mb in micro_batches),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+def sequences_of(micro_batch: MicroBatch, topology: Topology) -> Sequences:
+    """The sequences of a micro-batch, or of a context-parallel rank's part of one, for sums over whole ones."""
+    part = micro_batch.context
+    if part is None:
+        return Sequences.packed(micro_batch.cu_seqlens)
+    lengths_P = micro_batch.cu_seqlens.diff().long()
+    index_T = part.sequence.to(lengths_P.device).repeat_interleave(lengths_P)
+    return Sequences(index_T, part.num_sequences, topology.sum_over_context)
 
 
 def forward_logprobs(
@@ -347,22 +284,8 @@ def forward_logprobs(
 
     Every context-parallel rank gets all T of them.
     """
-    from skyrl_mega.models.build import forward_hidden
 
-    if not batch.micro_batches:
-        return []
+    def logprobs(hidden_TH: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        return head_logprobs(hidden_TH, chunks[-1], micro_batch, config, topology, temperature=temperature).logprobs
 
-    def forward_step(micro_batches: Iterator[MicroBatch], module: torch.nn.Module) -> tuple:
-        topology.progress()
-        micro_batch = _my_part(next(micro_batches), config, topology)
-
-        def collect(hidden_TH: torch.Tensor) -> tuple:
-            head = head_logprobs(hidden_TH, chunks[-1], micro_batch, config, topology, temperature=temperature)
-            logprobs = whole(head.logprobs, micro_batch, topology)
-            return hidden_TH, torch.zeros([], dtype=torch.int, device=hidden_TH.device), logprobs.cpu()
-
-        return forward_hidden(module, micro_batch), collect
-
-    with torch.no_grad(), topology.deadline("logprobs"):
-        logprobs = run_schedule(chunks, batch.micro_batches, forward_step, forward_only=True)
-    return topology.from_last_stage(logprobs, phase="logprobs")
+    return forward_per_token(chunks, batch, config, topology, logprobs, phase="logprobs")
