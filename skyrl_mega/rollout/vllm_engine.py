@@ -19,51 +19,77 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_mega.config.schema import RolloutConfig
-from skyrl_mega.errors import MissingDependencyError, RolloutError, WeightSyncError
+from skyrl_mega.errors import EngineDiedError, MissingDependencyError, RolloutError, WeightSyncError
+from skyrl_mega.rollout.vllm_arguments import engine_arguments
+from skyrl_mega.rollout.vllm_death import release_waiters_on_death
 from skyrl_mega.rollout.vllm_env import apply_environment, engine_environment
-from skyrl_mega.rollout.vllm_requests import score_row, scoring_sampling, to_completion, to_vllm_sampling
+from skyrl_mega.rollout.vllm_requests import (
+    adapter_request,
+    check_length,
+    score_row,
+    scoring_sampling,
+    to_completion,
+    to_vllm_sampling,
+)
 from skyrl_mega.types import Completion, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
     import vllm
 
     from skyrl_mega.rollout.vllm_isolation import RandomStream
-    from skyrl_mega.rollout.vllm_weight_sink import ShmWeightSink
-
-#: Tokens of one engine step: enough to prefill several hundred short prompts at once.
-MIN_BATCHED_TOKENS = 8192
-
-#: vLLM's default on CPU is 128 tokens: short prompts that many samples share would never be found in the prefix cache.
-CPU_BLOCK_SIZE = 32
+    from skyrl_mega.rollout.vllm_receiver import VLLMReceiver
 
 
 class VLLMEngine:
     """One vLLM engine, in this process or in child processes. Implements `protocols.RolloutEngine`."""
 
-    def __init__(self, llm: vllm.LLM, rollout: RolloutConfig, *, random_stream: RandomStream | None, own_group: Any) -> None:
+    def __init__(
+        self,
+        llm: vllm.LLM,
+        rollout: RolloutConfig,
+        *,
+        random_stream: RandomStream | None,
+        own_group: Any,
+        routed_experts: bool = False,
+    ) -> None:
         """Use `start`. An engine in this process has a `random_stream`; `own_group`: the default process group, if it made it."""
+        #: Whether completions tell the experts of their tokens.
+        self.routed_experts = routed_experts
         self._llm: vllm.LLM | None = llm
         self._rollout = rollout
         self._random_stream = random_stream
         self._own_group = own_group
-        self._sinks: list[ShmWeightSink] = []
+        self._receiver: VLLMReceiver | None = None
+        self._watch = None if random_stream is not None else release_waiters_on_death(llm.llm_engine.engine_core)
+        #: What every request says that wants the engine's adapter.
+        self.adapter = adapter_request(llm.llm_engine.vllm_config)
         self._version_on_its_way: int | None = None
         self._broken_by: int | None = None
         self._death = ""
 
     @classmethod
     def start(
-        cls, rollout: RolloutConfig, *, model_path: str, seed: int, threads: int, in_process: bool, device: str
+        cls,
+        rollout: RolloutConfig,
+        *,
+        model_path: str,
+        seed: int,
+        threads: int,
+        in_process: bool,
+        device: str,
+        routed_experts: bool = False,
+        lora_rank: int = 0,
     ) -> VLLMEngine:
         """A warm engine that serves the weights at `model_path` as version 0.
 
         Called by one rank. `in_process` only where the trainer has a single rank: an engine inside one of several ranks
         joins their world and hangs. There, `threads` becomes the process's torch thread count, and an engine that finds no
         default process group makes one (world size 1), so the trainer initialises its own first. `device`: "cpu" or "cuda".
+        `routed_experts`: completions tell the experts of their tokens (a mixture of experts only). `lora_rank`: see
+        `engine_arguments`.
 
         Raises MissingDependencyError without vLLM, BackendUnavailableError if this process already runs an engine with
         other settings, DeadlineError if child processes are not up after `rollout.start_timeout_s` (an engine in this
@@ -85,15 +111,21 @@ class VLLMEngine:
         makes_group = in_process and not torch.distributed.is_initialized()
         with undisturbed_process(threads) if in_process else start_deadline(rollout.start_timeout_s):
             try:
-                llm = vllm.LLM(**_llm_arguments(rollout, model_path=model_path, seed=seed, device=device))
+                arguments = engine_arguments(
+                    rollout, model_path=model_path, seed=seed, device=device, routed_experts=routed_experts, lora_rank=lora_rank
+                )
+                llm = vllm.LLM(**arguments)
             except (RuntimeError, ValueError, OSError) as error:
                 raise RolloutError(
                     f"vLLM did not start with {model_path} ({rollout.dtype}, max_model_len {rollout.max_model_len}): {error}"
                 ) from error
             own_group = torch.distributed.group.WORLD if makes_group else None
-            engine = cls(llm, rollout, random_stream=RandomStream() if in_process else None, own_group=own_group)
+            stream = RandomStream() if in_process else None
+            engine = cls(llm, rollout, random_stream=stream, own_group=own_group, routed_experts=routed_experts)
             llm.init_weight_transfer_engine({"init_info": {}})
             llm.update_weight_version("0")
+            if routed_experts and device == "cpu":
+                llm.collective_rpc("capture_routed_experts")
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(engine.close)
             engine._warm_up()
@@ -123,7 +155,10 @@ class VLLMEngine:
             [list(request.prompt_token_ids) for request in requests],
             [to_vllm_sampling(request.sampling) for request in requests],
         )
-        return [to_completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+        return [
+            to_completion(request, output, routed_experts=self.routed_experts)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token given those before it, raw logits; element 0 of each row is 0.0.
@@ -142,16 +177,13 @@ class VLLMEngine:
             rows[i] = score_row(sequence, output)
         return rows
 
-    def weight_sink(self, directory: Path | None = None) -> ShmWeightSink:
-        """A sink that publishes weight versions to this engine through a file in `directory` (None: /dev/shm).
+    def weight_receiver(self) -> VLLMReceiver:
+        """The engine's weight controls, for a sink. One for the engine's life."""
+        from skyrl_mega.rollout.vllm_receiver import VLLMReceiver
 
-        `close` of the engine closes it. Raises BackendUnavailableError if there is no /dev/shm and no directory is given.
-        """
-        from skyrl_mega.rollout.vllm_weight_sink import ShmWeightSink
-
-        sink = ShmWeightSink(self, directory)
-        self._sinks.append(sink)
-        return sink
+        if self._receiver is None:
+            self._receiver = VLLMReceiver(self, in_process=self._random_stream is not None)
+        return self._receiver
 
     def close(self) -> None:
         """Frees weights, KV cache and child processes. Safe to call twice."""
@@ -161,8 +193,10 @@ class VLLMEngine:
 
         from skyrl_mega.rollout.vllm_isolation import kept_process_group
 
-        for sink in self._sinks:
-            sink.close()
+        if self._receiver is not None:
+            self._receiver.close()
+        if self._watch is not None:
+            self._watch.set()
         llm, self._llm = self._llm, None
         ends_group = self._own_group is not None and self._own_group is torch.distributed.group.WORLD
         with contextlib.nullcontext() if ends_group else kept_process_group():
@@ -171,10 +205,7 @@ class VLLMEngine:
         gc.collect()
 
     def _check_length(self, what: str, num_tokens: int, least: int) -> None:
-        if not least <= num_tokens <= self._rollout.max_model_len:
-            raise RolloutError(
-                f"{what} has {num_tokens} tokens, and must have {least} to rollout.max_model_len ({self._rollout.max_model_len})."
-            )
+        check_length(what, num_tokens, self._rollout.max_model_len, least=least)
 
     def _run(self, prompts: list[list[int]], sampling: list[vllm.SamplingParams]) -> list[vllm.RequestOutput]:
         llm = self._serving_llm()
@@ -182,24 +213,25 @@ class VLLMEngine:
             return []
         stream = self._random_stream.current() if self._random_stream else contextlib.nullcontext()
         with self._failures_reported(RuntimeError), stream:
-            return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+            inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+            return llm.generate(inputs, sampling, use_tqdm=False, lora_request=self.adapter)
 
     @contextlib.contextmanager
     def _failures_reported(self, *also: type[Exception]) -> Iterator[None]:
-        """Turns the death of vLLM's processes, and errors of the types `also`, into RolloutError. The engine is dead then."""
+        """Turns the death of vLLM's processes, and errors of the types `also`, into EngineDiedError. The engine is dead then."""
         from vllm.exceptions import VLLMServerError
 
         try:
             yield
         except (VLLMServerError, *also) as error:
             self._death = f"vLLM failed ({type(error).__name__}: {error}); close this engine and start another one"
-            raise RolloutError(f"{self._death}.") from error
+            raise EngineDiedError(f"{self._death}.") from error
 
     def _living_llm(self) -> vllm.LLM:
         if self._llm is None:
-            raise RolloutError("the engine was closed; start another one.")
+            raise EngineDiedError("the engine was closed; start another one.")
         if self._death:
-            raise RolloutError(f"{self._death}.")
+            raise EngineDiedError(f"{self._death}.")
         return self._llm
 
     def _serving_llm(self) -> vllm.LLM:
@@ -213,26 +245,29 @@ class VLLMEngine:
             )
         return llm
 
-    # What the weight sink calls: begin, then send per bucket, then commit or abandon.
+    # What its weight receiver calls: connect at any time; begin, load per bucket, report, then commit or abandon.
+
+    def _connect_weight_transport(self, endpoint: dict[str, Any]) -> None:
+        with self._failures_reported():
+            self._living_llm().collective_rpc("connect_weight_transport", args=(endpoint,))
 
     def _begin_weight_update(self, version: int) -> None:
         with self._failures_reported():
             self._living_llm().start_weight_update()
         self._version_on_its_way = version
 
-    def _send_bucket(self, bucket: dict[str, Any]) -> None:
+    def _load_bucket(self, bucket: dict[str, Any]) -> None:
         with self._failures_reported():
             self._living_llm().update_weights({"update_info": {"bucket": bucket}})
 
-    def _commit_weight_update(self, version: int, expected: Mapping[str, Any]) -> None:
-        """Makes `version` visible. Raises WeightSyncError if a worker did not receive exactly what was `expected`."""
+    def _report_weight_update(self) -> list[Mapping[str, Any]]:
+        with self._failures_reported():
+            return self._living_llm().collective_rpc("weight_update_report")
+
+    def _commit_weight_update(self, version: int) -> None:
+        """Makes `version` visible, which the workers have received whole."""
         llm = self._living_llm()
         with self._failures_reported():
-            for report in llm.collective_rpc("weight_update_report"):
-                received = {key: report[key] for key in expected}
-                if report["error"] or received != expected:
-                    reason = report["error"] or f"sent {dict(expected)}, received {received}"
-                    raise WeightSyncError(f"the engine refused weight version {version}: {reason}.")
             llm.finish_weight_update()
             # Cached keys and values belong to the old weights; vLLM does not drop them by itself.
             if not llm.reset_prefix_cache():
@@ -241,38 +276,13 @@ class VLLMEngine:
         self._version_on_its_way = None
         self._broken_by = None
 
-    def _abandon_weight_update(self) -> None:
-        """Ends the update. If some layer was overwritten, the engine serves nothing until a whole version arrived."""
+    def _abandon_weight_update(self) -> bool:
+        """Ends the update. False: some layer was overwritten, and the engine serves nothing until a whole version arrived."""
         version, self._version_on_its_way = self._version_on_its_way, None
-        if self._death:
-            return
+        if self._death or self._llm is None:
+            return False
         with self._failures_reported():
-            reports = self._living_llm().collective_rpc("abandon_weight_update")
+            reports = self._llm.collective_rpc("abandon_weight_update")
         if any(report["overwritten"] for report in reports):
-            self._broken_by = version
-
-
-def _llm_arguments(rollout: RolloutConfig, *, model_path: str, seed: int, device: str) -> dict[str, Any]:
-    from vllm.config import WeightTransferConfig
-
-    from skyrl_mega.rollout.vllm_weight_transfer import BACKEND
-
-    arguments = dict(
-        model=model_path,
-        dtype=rollout.dtype,
-        seed=seed,
-        max_model_len=rollout.max_model_len,
-        max_num_seqs=rollout.max_num_seqs,
-        max_num_batched_tokens=max(MIN_BATCHED_TOKENS, rollout.max_model_len, rollout.max_num_seqs),
-        enable_chunked_prefill=False,
-        enable_prefix_caching=True,
-        enforce_eager=rollout.enforce_eager,
-        logprobs_mode="processed_logprobs",
-        worker_extension_cls="skyrl_mega.rollout.vllm_weight_transfer.ShmWorkerExtension",
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-    )
-    if device == "cpu":
-        return arguments | {"block_size": CPU_BLOCK_SIZE}
-    return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+            self._broken_by = self._broken_by if version is None else version
+        return self._broken_by is None

@@ -1,13 +1,12 @@
-"""Weight buckets in a shared-memory file: one writer (the trainer's rank 0), any number of readers (engine workers).
+"""Weight buckets in shared-memory files: one writer (the trainer's rank 0), any number of readers (engine workers).
 
-The file holds tensor bytes only, each tensor at an offset that is a multiple of 64. What lies where travels beside it as
-a `BucketLayout` (plain lists and numbers, so that any RPC carries it). One file is reused for every bucket of every
-version; it grows to the largest bucket seen and its pages stay mapped, so that only the first push pays for them.
+A carrier has a file per buffer, two of them, which hold payload bytes only. The files are reused for every version; they
+grow to the largest bucket seen and their pages stay mapped, so that only the first push pays for them.
 
-A reader must be done with a bucket before the writer starts the next: the caller's RPC, which returns when the bucket is
-loaded, gives that order.
+A reader must be done with a bucket before the writer writes to its file again: the fleet's sink, which waits until every
+engine has loaded what lay there, gives that order.
 
-Life and death of the file: the writer holds an exclusive `flock` on it. The kernel drops the lock when the process dies,
+Life and death of a file: its writer holds an exclusive `flock` on it. The kernel drops the lock when the process dies,
 however it dies, so a file that can be locked belongs to nobody; every new writer removes such leftovers first. The lock
 works across containers that share the directory, which process ids would not.
 """
@@ -18,55 +17,21 @@ import fcntl
 import os
 import secrets
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_mega.errors import BackendUnavailableError, WeightSyncError
-from skyrl_mega.rollout.transport.checksum import ChecksumEntry, tensor_checksum
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import torch
 
-ALIGNMENT = 64
+    from skyrl_mega.rollout.transport.encode import Written
+
+MIN_FILE_BYTES = 4096
 FILE_PREFIX = "skyrl-mega-weights-"
-
-
-@dataclass(frozen=True)
-class TensorSlot:
-    """Where one tensor lies in the file, and what its bytes must sum to. `dtype` is torch's name without "torch."."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size_bytes: int
-    checksum: str
-
-    @property
-    def checksum_entry(self) -> ChecksumEntry:
-        return (self.name, self.dtype, self.shape, self.checksum)
-
-
-@dataclass(frozen=True)
-class BucketLayout:
-    """One bucket: the file, how many of its bytes are in use, and a slot per tensor."""
-
-    path: str
-    size_bytes: int
-    slots: tuple[TensorSlot, ...]
-
-    def to_plain(self) -> dict[str, Any]:
-        """Nested dicts, lists, strings and ints, for RPC."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> BucketLayout:
-        """Inverse of `to_plain`, also after a trip that turned tuples into lists."""
-        slots = tuple(TensorSlot(**{**slot, "shape": tuple(slot["shape"])}) for slot in plain["slots"])
-        return cls(path=plain["path"], size_bytes=plain["size_bytes"], slots=slots)
 
 
 def default_directory() -> Path:
@@ -98,65 +63,25 @@ def remove_stale_files(directory: Path) -> list[Path]:
     return removed
 
 
-class ShmBucketWriter:
-    """Writes buckets into one file that it creates, locks, and removes in `close`.
+class ShmFile:
+    """One file that this process creates, locks, maps, and removes in `close`."""
 
-    `write_s` and `checksum_s` add up the seconds of all writes since `reset_timers`.
-    """
-
-    def __init__(self, directory: Path | None = None) -> None:
-        """Raises BackendUnavailableError if `directory` is None and there is no /dev/shm."""
-        directory = directory or default_directory()
-        remove_stale_files(directory)
+    def __init__(self, directory: Path) -> None:
         # Locked under a name no scan looks at, then renamed: a scan never sees it unlocked.
-        token = secrets.token_hex(4)
-        self.path = directory / f"{FILE_PREFIX}{os.getpid()}-{token}.shm"
+        self.path = directory / f"{FILE_PREFIX}{os.getpid()}-{secrets.token_hex(4)}.shm"
         newborn = directory / f".{self.path.name}.new"
         self._descriptor = os.open(newborn, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         newborn.rename(self.path)
-        self._capacity_bytes = 0
-        self._bytes: torch.Tensor | None = None
-        self.reset_timers()
+        self._mapped: torch.Tensor | None = None
 
-    def reset_timers(self) -> None:
-        self.write_s = 0.0
-        self.checksum_s = 0.0
-
-    def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> BucketLayout:
-        """The layout of a bucket that now holds copies of `tensors` (any device, any strides).
-
-        Raises WeightSyncError if the file system has no room for it.
-        """
+    def room(self, size_bytes: int) -> torch.Tensor:
+        """The file's bytes (uint8), at least `size_bytes` of them. Raises WeightSyncError if the file system is full."""
         import torch
 
-        tensors = list(tensors)
-        offsets, size_bytes = [], 0
-        for _, tensor in tensors:
-            offsets.append(size_bytes)
-            size_bytes += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        self._reserve(size_bytes)
-
-        slots = []
-        for (name, tensor), offset in zip(tensors, offsets, strict=True):
-            started = time.perf_counter()
-            num_bytes = tensor.numel() * tensor.element_size()
-            with torch.no_grad():
-                copy = self._bytes[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            written = time.perf_counter()
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            slots.append(TensorSlot(name, dtype, tuple(tensor.shape), offset, num_bytes, tensor_checksum(copy)))
-            self.write_s += written - started
-            self.checksum_s += time.perf_counter() - written
-        return BucketLayout(path=str(self.path), size_bytes=size_bytes, slots=tuple(slots))
-
-    def _reserve(self, size_bytes: int) -> None:
-        import torch
-
-        if size_bytes <= self._capacity_bytes and self._bytes is not None:
-            return
-        size_bytes = max(size_bytes, ALIGNMENT)
-        started = time.perf_counter()
+        if self._mapped is not None and self._mapped.numel() >= size_bytes:
+            return self._mapped
+        size_bytes = max(size_bytes, MIN_FILE_BYTES)
         try:
             if sys.platform == "linux":
                 # Claims the pages now: writing past a full tmpfs later would kill the process with SIGBUS.
@@ -168,57 +93,97 @@ class ShmBucketWriter:
                 f"a weight bucket of {size_bytes} bytes must fit in {self.path.parent}, which refused it ({error.strerror}); "
                 "lower rollout.weight_bucket_mib, or enlarge the shared memory (containers: --shm-size)."
             ) from error
-        self._bytes = torch.from_file(str(self.path), shared=True, size=size_bytes, dtype=torch.uint8)
-        self._capacity_bytes = size_bytes
-        self.write_s += time.perf_counter() - started
+        self._mapped = torch.from_file(str(self.path), shared=True, size=size_bytes, dtype=torch.uint8)
+        return self._mapped
 
     def close(self) -> None:
         """Removes the file. Safe to call twice; readers that have it mapped keep their mapping."""
         if self._descriptor < 0:
             return
-        self._bytes = None
+        self._mapped = None
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = -1
 
 
-class ShmBucketReader:
-    """Maps bucket files and hands out tensors that view them."""
+class ShmCarrier:
+    """The sender's half: nothing to join, nothing to send; an engine sees a bucket as soon as it knows the file."""
+
+    name = "shm"
+    needs_reports = False
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Raises BackendUnavailableError if `directory` is None and there is no /dev/shm."""
+        directory = directory or default_directory()
+        remove_stale_files(directory)
+        self._files = [ShmFile(directory) for _ in range(2)]
+
+    def attach(self, members: Any, reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Nothing to join."""
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def room(self, sequence: int, size_bytes: int) -> torch.Tensor:
+        """The buffer of bucket `sequence`: uint8, at least `size_bytes`. Raises WeightSyncError if there is no room."""
+        return self._files[sequence % 2].room(size_bytes)
+
+    def path(self, sequence: int) -> str:
+        """Where an engine finds bucket `sequence`."""
+        return str(self._files[sequence % 2].path)
+
+    def transmit(self, sequence: int, written: Written) -> Future[None] | None:
+        """None: the bytes are where the engines read them."""
+        return None
+
+    def recover(self, members: Any) -> bool:
+        """False: the loss of an engine is no other engine's."""
+        return False
+
+    def finish(self) -> None:
+        """Nothing is on its way."""
+
+    def abandon(self) -> None:
+        """Nothing to undo."""
+
+    def close(self) -> None:
+        """Removes the files."""
+        for file in self._files:
+            file.close()
+
+
+class ShmReader:
+    """Maps bucket files and hands out their bytes."""
+
+    name = "shm"
 
     def __init__(self) -> None:
-        self._path = ""
-        self._bytes: torch.Tensor | None = None
+        self._mapped: dict[str, torch.Tensor] = {}
 
-    def read(self, layout: BucketLayout) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) per slot. The tensors are views: they change when the writer writes its next bucket.
+    def read(self, path: str, size_bytes: int) -> torch.Tensor:
+        """The first `size_bytes` of the file, as a view that changes when the writer writes there again.
 
-        Raises WeightSyncError if the file is gone or shorter than the layout says.
+        Raises WeightSyncError if the file is gone or shorter than that.
         """
         import torch
 
-        self._map(layout)
-        for slot in layout.slots:
-            view = self._bytes[slot.offset : slot.offset + slot.size_bytes]
-            yield slot.name, view.view(getattr(torch, slot.dtype)).view(slot.shape)
+        mapped = self._mapped.get(path)
+        if mapped is None or mapped.numel() < size_bytes:
+            try:
+                file_bytes = os.stat(path).st_size
+            except FileNotFoundError as error:
+                raise WeightSyncError(f"the weight bucket {path} is gone: its writer has closed or died.") from error
+            if file_bytes < size_bytes:
+                raise WeightSyncError(f"the weight bucket {path} must hold {size_bytes} bytes, but has {file_bytes}.")
+            self._forget_removed_files()
+            mapped = self._mapped[path] = torch.from_file(path, shared=True, size=file_bytes, dtype=torch.uint8)
+        return mapped[:size_bytes]
 
-    def _map(self, layout: BucketLayout) -> None:
-        import torch
-
-        if self._path == layout.path and self._bytes is not None and self._bytes.numel() >= layout.size_bytes:
-            return
-        try:
-            file_bytes = os.stat(layout.path).st_size
-        except FileNotFoundError as error:
-            raise WeightSyncError(f"the weight bucket {layout.path} is gone: its writer has closed or died.") from error
-        if file_bytes < layout.size_bytes:
-            raise WeightSyncError(f"the weight bucket {layout.path} must hold {layout.size_bytes} bytes, but has {file_bytes}.")
-        self._bytes = torch.from_file(layout.path, shared=True, size=file_bytes, dtype=torch.uint8)
-        self._path = layout.path
-
-    def is_view(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` lies in the mapped file, and so changes with the next bucket."""
-        return self._bytes is not None and tensor.untyped_storage().data_ptr() == self._bytes.untyped_storage().data_ptr()
+    def _forget_removed_files(self) -> None:
+        """A mapping keeps the memory of a removed file: that of a trainer which was started again."""
+        for path in [path for path in self._mapped if not os.path.exists(path)]:
+            del self._mapped[path]
 
     def close(self) -> None:
-        """Forgets the mapping; it goes when the last tensor that views it goes."""
-        self._bytes, self._path = None, ""
+        """Forgets the mappings; each goes when the last tensor that views it goes."""
+        self._mapped.clear()
