@@ -63,14 +63,22 @@ class ObservationEncoder:
         messages = self._messages(observation)
         if messages is None:
             return self._encode(observation)
+        ids = self._bridge(messages)
+        return ids[1:] if ids and sampled and sampled[-1] == ids[0] else ids
+
+    def end_of_turn(self) -> list[int]:
+        """The token by which the template ends an assistant's turn, as a list; [] where it ends it with nothing."""
+        return self._bridge(_BASE[:1])[:1]
+
+    def _bridge(self, messages: Messages) -> list[int]:
+        """What the template puts between an assistant's turn and the next one, `messages` in between."""
         before, marker, bridge = self._render([*_BASE, *messages]).partition(_MARKER)
         if not marker or _MARKER in bridge or not before:
             raise EnvError(
                 "the tokenizer's chat template does not repeat an assistant's turn exactly once, so later turns can't be "
                 "appended to it. Use an environment with one turn, or env.chat_template=false with raw text."
             )
-        ids = self._encode(bridge)
-        return ids[1:] if ids and sampled and sampled[-1] == ids[0] else ids
+        return self._encode(bridge)
 
     def _messages(self, observation: Any) -> Messages | None:
         """The observation as chat messages, or None where it is raw text. Raises EnvError for anything else."""

@@ -11,13 +11,16 @@ from skyrl_mega.types import Metrics, StopReason, TrajectoryGroup
 
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> Metrics:
-    """Means over trajectories (over groups and turns where the name says so).
+    """Means over trajectories (over groups and turns where the name says so), without those of replayed groups.
 
     `reward/std` is over all trajectories (population). `group/zero_variance_fraction`: groups whose rewards are all equal,
     which teach GRPO nothing. `response/tokens_*`: sampled tokens of a trajectory; `response/length_stop_fraction`: turns that
     hit a length limit. `response/truncated_fraction`: episodes that a limit ended. `env/<name>`: the environment's metrics; a
-    trajectory that never reported a name counts as 0. Raises DataError if there is no trajectory.
+    trajectory that never reported a name counts as 0. `reward/<name>_mean`: the scores that a mixed reward is made of,
+    unweighted (`env`: the environment's); `reward/baseline_mean`: of the greedy answers, where there are any. Raises DataError if
+    there is no trajectory.
     """
+    groups = [group for group in groups if not group.is_replayed]
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     if not trajectories:
         raise DataError("there is no trajectory to take metrics of.")
@@ -37,6 +40,12 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> Metrics:
         "response/length_stop_fraction": sum(turn.stop_reason is StopReason.LENGTH for turn in turns) / max(1, len(turns)),
         "response/truncated_fraction": sum(t.truncated for t in trajectories) / len(trajectories),
     }
+    for name in sorted({name for t in trajectories for name in t.reward_components}):
+        scores = [t.reward_components[name] for t in trajectories if name in t.reward_components]
+        metrics[f"reward/{name}_mean"] = sum(scores) / len(scores)
+    baselines = [group.baseline_reward for group in groups if group.baseline_reward is not None]
+    if baselines:
+        metrics["reward/baseline_mean"] = float(np.mean(baselines))
     for name in sorted({name for t in trajectories for name in t.metrics}):
         metrics[f"env/{name}"] = sum(t.metrics.get(name, 0.0) for t in trajectories) / len(trajectories)
     return metrics

@@ -8,13 +8,16 @@ prediction differs by branch only in the label; the last response token predicts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from skyrl_mega.data.balance import sequence_cost
 from skyrl_mega.types import TrainSample
+
+#: What a sample may bring along for each of its tokens, and a micro-batch then has for each of its labels.
+OPTIONAL = ("staleness", "old_logprobs", "ref_logprobs", "values", "returns", "marked")
 
 #: Token of padding sequences: any id that every vocabulary has.
 PADDING_TOKEN = 0
@@ -24,7 +27,8 @@ PADDING_TOKEN = 0
 class Segment:
     """A run of packed positions, label-aligned tensors [n]. `position` is that of its first token in the sample.
 
-    `prefix` says which segment of the same cluster (later: of the same micro-batch) it attends to besides itself.
+    `prefix` says which segment of the same cluster (later: of the same micro-batch) it attends to besides itself. `optional`
+    holds those of OPTIONAL that the sample has. `routed_experts` [n, layers, K] speaks of the input tokens, as in MicroBatch.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +39,8 @@ class Segment:
     sample_index: int
     position: int = 0
     prefix: int | None = None
+    optional: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    routed_experts: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +49,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Samples that are packed side by side: several on one prompt of `prompt_length` tokens, or one alone (prompt_length 0).
+    """Samples that are packed side by side: on one prompt of `prompt_length` tokens, or whole (prompt_length 0).
 
     Tokens and cost are plain arithmetic, so that every rank can arrange all clusters; tensors are made by `segments`.
     """
@@ -63,12 +69,10 @@ class Cluster:
         return trunk + sum(branch_cost(sample, self.prompt_length, attention_cost) for sample in self.samples)
 
     def segments(self) -> tuple[Segment, ...]:
-        """A trunk and its branches, or the one sample: all of its tokens, of which the last has no label."""
+        """A trunk and its branches, or whole samples: all of their tokens, of which the last has no label."""
         if self.prompt_length:
             return _shared(self.samples, self.prompt_length)
-        (sample,) = self.samples
-        ids = sample.token_ids.to(torch.int64)
-        return (_labelled(sample, 0, torch.cat([ids[1:], ids.new_zeros(1)]), sample.num_tokens),)
+        return tuple(_whole(sample) for sample in self.samples)
 
 
 def branch_cost(sample: TrainSample, prompt_length: int, attention_cost: float) -> float:
@@ -97,6 +101,31 @@ def families(samples: Sequence[TrainSample]) -> list[Cluster]:
     return result
 
 
+def inseparable(samples: Sequence[TrainSample], *, share_prompts: bool) -> list[Cluster]:
+    """One cluster for each group, whose samples meet in one loss (a pair, say), in order.
+
+    What they share is everything up to where their tokens differ or a loss token comes; it is computed once where `share_prompts`
+    and it is more than one token.
+    """
+    groups: dict[int, list[TrainSample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_index, []).append(sample)
+    clusters = []
+    for members in groups.values():
+        shared = _common_prefix(members) if share_prompts and len(members) > 1 else 0
+        clusters.append(Cluster(tuple(members), shared if shared > 1 else 0))
+    return clusters
+
+
+def _common_prefix(members: Sequence[TrainSample]) -> int:
+    length = min(_prompt_length(sample) for sample in members)
+    first = members[0].token_ids[:length]
+    for sample in members[1:]:
+        differs = (sample.token_ids[:length] != first).nonzero()
+        length = min(length, int(differs[0]) if len(differs) else length)
+    return length
+
+
 def split(family: Cluster, capacity: int, most_cost: float, attention_cost: float) -> list[Cluster]:
     """The family in runs, in order, of at most `capacity` tokens and, but for runs of one sample, at most `most_cost`."""
     prompt = family.prompt_length
@@ -119,12 +148,21 @@ def _cluster(samples: Sequence[TrainSample], prompt_length: int) -> Cluster:
     return Cluster(tuple(samples), prompt_length if len(samples) > 1 else 0)
 
 
+def _whole(sample: TrainSample) -> Segment:
+    ids = sample.token_ids.to(torch.int64)
+    return _labelled(sample, 0, torch.cat([ids[1:], ids.new_zeros(1)]), sample.num_tokens)
+
+
 def _shared(members: Sequence[TrainSample], prompt_length: int) -> tuple[Segment, ...]:
     trunk_ids = members[0].token_ids[: prompt_length - 1].to(torch.int64)
+    # The prompt is computed once, so by the routing of one sample: the first that has any. An engine that took the others'
+    # prompts from its prefix cache gave the same to all; where it computed one again, that one's own is not used.
+    routings = [sample.routed_experts for sample in members if sample.routed_experts is not None]
+    trunk_routing = routings[0][: prompt_length - 1] if routings else None
     branches = [
         _labelled(sample, prompt_length - 1, sample.token_ids[prompt_length:], sample.num_tokens - 1) for sample in members
     ]
-    return (_unlabelled(trunk_ids), *branches)
+    return (replace(_unlabelled(trunk_ids), routed_experts=trunk_routing), *branches)
 
 
 def _prompt_length(sample: TrainSample) -> int:
@@ -149,7 +187,20 @@ def _labelled(sample: TrainSample, start: int, labels: torch.Tensor, end: int) -
         sample_index=sample.sample_index,
         position=start,
         prefix=0 if start else None,
+        optional={name: after(values_L, torch.float32) for name, values_L in _optional(sample).items()},
+        routed_experts=None if sample.routed_experts is None else sample.routed_experts[start:end],
     )
+
+
+def _optional(sample: TrainSample) -> dict[str, torch.Tensor]:
+    """Token-aligned [L], 0 where loss_mask is False."""
+    given = {name: getattr(sample, name) for name in OPTIONAL}
+    return {
+        # values has one entry more, of the state after the last token.
+        name: torch.where(sample.loss_mask, values[: sample.num_tokens], 0.0)
+        for name, values in given.items()
+        if values is not None
+    }
 
 
 def _unlabelled(input_ids: torch.Tensor) -> Segment:

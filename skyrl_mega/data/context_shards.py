@@ -23,9 +23,13 @@ from dataclasses import replace
 
 import torch
 
-from skyrl_mega.data.clusters import PADDING_TOKEN
+from skyrl_mega.data.clusters import OPTIONAL, PADDING_TOKEN
+from skyrl_mega.data.routing import UNKNOWN_EXPERT
 from skyrl_mega.errors import DataError
 from skyrl_mega.types import ContextPart, MicroBatch
+
+#: What a micro-batch may hold for each token besides what every one has.
+PER_TOKEN = (*OPTIONAL, "teacher_topk_ids", "teacher_topk_logprobs")
 
 
 def context_part(micro_batch: MicroBatch, rank: int, size: int, *, pad_to_multiple: int = 1) -> MicroBatch:
@@ -47,7 +51,7 @@ def context_part(micro_batch: MicroBatch, rank: int, size: int, *, pad_to_multip
     lengths_P, sequence_P, context = _pieces(micro_batch, rows_N, padding, _key_places(owner_T, tokens_C, num_tokens, rank))
 
     def take(values_T: torch.Tensor, fill: float = 0) -> torch.Tensor:
-        return torch.cat([values_T[rows_N], torch.full((padding,), fill, dtype=values_T.dtype)])
+        return torch.cat([values_T[rows_N], torch.full((padding, *values_T.shape[1:]), fill, dtype=values_T.dtype)])
 
     def take_optional(values_T: torch.Tensor | None) -> torch.Tensor | None:
         return None if values_T is None else take(values_T)
@@ -67,9 +71,12 @@ def context_part(micro_batch: MicroBatch, rank: int, size: int, *, pad_to_multip
         advantages=take(micro_batch.advantages),
         sample_index=of_sequence(micro_batch.sample_index, -1),
         loss_tokens_per_sequence=of_sequence(micro_batch.loss_tokens_per_sequence, 0),
+        loss_tokens_per_group=(
+            None if micro_batch.loss_tokens_per_group is None else of_sequence(micro_batch.loss_tokens_per_group, 0)
+        ),
         prefix_segments=None,
-        old_logprobs=take_optional(micro_batch.old_logprobs),
-        ref_logprobs=take_optional(micro_batch.ref_logprobs),
+        routed_experts=None if micro_batch.routed_experts is None else take(micro_batch.routed_experts, UNKNOWN_EXPERT),
+        **{name: take_optional(getattr(micro_batch, name)) for name in PER_TOKEN},
         context=context,
     )
 
@@ -134,5 +141,8 @@ def _pieces(
         before=with_padding(before, 0),
         trunk_starts=with_padding(trunk_starts, 0),
         trunk_lengths=with_padding(trunk_lengths, 0),
+        sequence=with_padding(sequence, -1),
+        num_sequences=lengths_S.numel(),
+        sample_index=micro_batch.sample_index,
     )
     return with_padding(lengths, padding), with_padding(sequence, -1), context

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from skyrl_mega.config.schema import Config
 from skyrl_mega.data.hashing import canonical_json, stable_hash
 from skyrl_mega.data.rows import Row, load_rows
+from skyrl_mega.data.sampling.curriculum import CurriculumPromptSource
 from skyrl_mega.errors import DataError, EnvError
 from skyrl_mega.protocols import PromptSource
 from skyrl_mega.types import Prompt
@@ -143,6 +144,15 @@ class RowPromptSource:
         """Distinct held-out rows."""
         return len(self._eval_order)
 
+    @property
+    def num_drawn(self) -> int:
+        """Prompts that were drawn so far, over all epochs."""
+        return self._epoch * self.num_train + self._position
+
+    def train_ids(self) -> list[str]:
+        """The `prompt_id` of every row that training may draw, in the rows' order."""
+        return [self._id(number) for number in self._train]
+
     def next(self, count: int) -> list[Prompt]:
         prompts = []
         for _ in range(count):
@@ -151,8 +161,11 @@ class RowPromptSource:
                 self._order = self._permutation(self._epoch)
             number = self._order[self._position]
             self._position += 1
-            prompts.append(Prompt(f"{self._source_name}:{number}", self._rows[number]))
+            prompts.append(Prompt(self._id(number), self._rows[number]))
         return prompts
+
+    def _id(self, number: int) -> str:
+        return f"{self._source_name}:{number}"
 
     def eval_prompts(self, count: int) -> list[Prompt]:
         """The first `count` held-out prompts. Raises DataError if there are fewer."""
@@ -185,6 +198,22 @@ class RowPromptSource:
         self._order = self._permutation(epoch)
 
 
+class FiniteGeneratorSource(RowPromptSource):
+    """The first `limit` prompts of a generator, as rows in epochs; held-out prompts are the generator's own.
+
+    `prompt_id` is "<class>[:<limit>]:<index>": the same prompt has the same one in every epoch. Raises as GeneratorPromptSource.
+    """
+
+    def __init__(self, env_class: PayloadMaker, options: Mapping[str, Any], seed: int, limit: int) -> None:
+        self._generator = GeneratorPromptSource(env_class, options, seed)
+        payloads = [prompt.payload for prompt in self._generator.next(limit)]
+        super().__init__(payloads, [], seed, f"{env_class.__name__}[:{limit}]")
+
+    def eval_prompts(self, count: int) -> list[Prompt]:
+        """The first `count` held-out prompts. Raises EnvError if the task has fewer."""
+        return self._generator.eval_prompts(count)
+
+
 def _key_of(row: Row, number: int, source_name: str, key: Callable[[Row], str]) -> str:
     try:
         canonical_json(row)
@@ -203,22 +232,32 @@ def _first_of_each(keys: Sequence[str], wanted: set[str]) -> list[int]:
 
 
 def make_prompt_source(config: Config, env_class: PayloadMaker) -> PromptSource:
-    """The prompt source that `config.data` asks for; `env_class` makes the payloads, or checks the rows.
+    """The prompt source that `config.data` and `sampling.curriculum` ask for; `env_class` makes the payloads, or checks the rows.
 
     Everything that can be wrong is found here, before any model is loaded: bad rows (DataError with file and line), too few
     held-out prompts (DataError, EnvError), no generator (EnvError).
     """
-    settings = config.data
-    source: PromptSource
-    if settings.source == "generator":
-        source = GeneratorPromptSource(env_class, config.env.options, config.trainer.seed)
-        env_class.generate_payload(0, config.trainer.seed, "train", **config.env.options)  # a class without one says so now
-    else:
+    settings, seed = config.data, config.trainer.seed
+    rows: RowPromptSource | None = None
+    if settings.source != "generator":
         if not settings.path:
             raise DataError(f"data.source={settings.source} needs data.path; set it to the file of training rows.")
-        rows = _checked_rows(settings.path, settings.source, settings.limit, env_class)
-        eval_rows = _checked_rows(settings.eval_path, settings.source, 0, env_class) if settings.eval_path else None
-        source = RowPromptSource(rows, eval_rows, config.trainer.seed, Path(settings.path).name, key=env_class.payload_key)
+        train = _checked_rows(settings.path, settings.source, settings.limit, env_class)
+        held_out = _checked_rows(settings.eval_path, settings.source, 0, env_class) if settings.eval_path else None
+        rows = RowPromptSource(train, held_out, seed, Path(settings.path).name, key=env_class.payload_key)
+    elif settings.limit > 0:
+        rows = FiniteGeneratorSource(env_class, config.env.options, seed, settings.limit)
+    source: PromptSource
+    if rows is None:
+        if config.sampling.curriculum != "none":
+            raise DataError(
+                f"sampling.curriculum={config.sampling.curriculum} needs prompts that come again, and the generator of "
+                f"{config.env.name} never ends. Set data.limit to train on its first prompts, or sampling.curriculum=none."
+            )
+        source = GeneratorPromptSource(env_class, config.env.options, seed)
+        env_class.generate_payload(0, seed, "train", **config.env.options)  # a class without one says so now
+    else:
+        source = rows if config.sampling.curriculum == "none" else CurriculumPromptSource(rows, seed)
     source.eval_prompts(config.evaluation.num_prompts)
     return source
 

@@ -11,11 +11,12 @@ from skyrl_mega.errors import DataError, RolloutError
 from skyrl_mega.types import TrainSample, Trajectory, TrajectoryGroup
 
 
-def to_samples(groups: Sequence[TrajectoryGroup]) -> list[TrainSample]:
+def to_samples(groups: Sequence[TrajectoryGroup], *, policy_version: int | None = None) -> list[TrainSample]:
     """One TrainSample per trajectory, in order, numbered 0..N-1; groups are numbered by their place in `groups`.
 
-    Raises DataError for a trajectory that breaks the format of `types.Trajectory` or has nothing to train, RolloutError for
-    log-probabilities that are not finite or are positive.
+    `policy_version`: of the policy that they will train, from which each token's staleness is counted (None: it is not known).
+    Raises DataError for a trajectory that breaks the format of `types.Trajectory`, has nothing to train or was sampled by a later
+    version, RolloutError for log-probabilities that are not finite or are positive.
     """
     samples: list[TrainSample] = []
     seen: set[str] = set()
@@ -36,9 +37,34 @@ def to_samples(groups: Sequence[TrajectoryGroup]) -> list[TrainSample]:
                     loss_mask=torch.tensor(trajectory.loss_mask, dtype=torch.bool),
                     rollout_logprobs=torch.tensor(trajectory.rollout_logprobs, dtype=torch.float32),
                     reward=trajectory.reward,
+                    turns=tuple((turn.start, turn.end, turn.reward) for turn in trajectory.turns),
+                    truncated=trajectory.truncated,
+                    is_replayed=group.is_replayed,
+                    reward_components=dict(trajectory.reward_components),
+                    baseline_reward=group.baseline_reward,
+                    staleness=_staleness(trajectory, policy_version, group.group_id),
+                    routed_experts=_routing(trajectory),
                 )
             )
     return samples
+
+
+def _staleness(trajectory: Trajectory, policy_version: int | None, group_id: str) -> torch.Tensor | None:
+    """float32 [L]: how many versions ago each token was sampled, 0 where none was."""
+    if policy_version is None:
+        return None
+    versions_L = torch.tensor(trajectory.policy_versions, dtype=torch.int64)
+    newest = int(versions_L.max())
+    if newest > policy_version:
+        raise DataError(
+            f"group {group_id!r} has a token of policy version {newest}, and the policy to be trained has version "
+            f"{policy_version}; what is trained must have been sampled by it or by an earlier one."
+        )
+    return torch.where(versions_L >= 0, policy_version - versions_L, 0).float()
+
+
+def _routing(trajectory: Trajectory) -> torch.Tensor | None:
+    return None if trajectory.routed_experts is None else torch.tensor(trajectory.routed_experts, dtype=torch.int16)
 
 
 def _check(trajectory: Trajectory, name: str) -> None:
@@ -48,6 +74,8 @@ def _check(trajectory: Trajectory, name: str) -> None:
         "rollout_logprobs": len(trajectory.rollout_logprobs),
         "policy_versions": len(trajectory.policy_versions),
     }
+    if trajectory.routed_experts is not None:
+        entries["routed_experts"] = len(trajectory.routed_experts)
     for column, count in entries.items():
         if count != length:
             raise DataError(f"{name}: {column} has {count} entries for {length} tokens; they must be equally many.")
@@ -57,8 +85,9 @@ def _check(trajectory: Trajectory, name: str) -> None:
         raise DataError(f"{name} has {length} tokens and none to train: at least one loss_mask entry must be 1.")
     if trajectory.loss_mask[0]:
         raise DataError(f"{name}: loss_mask[0] must be 0, since nothing precedes the first token that could predict it.")
-    if not math.isfinite(trajectory.reward):
-        raise DataError(f"{name}: the reward is {trajectory.reward}; it must be finite.")
+    for what, value in {"reward": trajectory.reward, **trajectory.reward_components}.items():
+        if not math.isfinite(value):
+            raise DataError(f"{name}: the {what} is {value}; it must be finite.")
     for t, (mask, logprob, version) in enumerate(
         zip(trajectory.loss_mask, trajectory.rollout_logprobs, trajectory.policy_versions, strict=True)
     ):

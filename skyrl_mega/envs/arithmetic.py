@@ -164,10 +164,11 @@ class ArithmeticEnv(TextEnvBase):
     def respond(self, action: str) -> Reply:
         if self.style == "chat":
             integers = re.findall(r"-?\d+", action)
-            correct = bool(integers) and integers[-1] == str(self._answer)
+            answer = integers[-1] if integers else None
         else:
-            correct = action.strip() == str(self._answer)
-        return Reply(reward=float(correct), metrics={"accuracy": float(correct)})
+            answer = action.strip() or None
+        correct = answer == str(self._answer)
+        return Reply(reward=float(correct), metrics={"accuracy": float(correct)}, answer=answer)
 
 
 def _expression(level: Level, operands: tuple[int, ...]) -> str:

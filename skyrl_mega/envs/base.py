@@ -29,6 +29,7 @@ class Reply:
     """How the environment answers one turn of the policy.
 
     `metrics` are numbers to average over trajectories; a trajectory that never reports a name counts as 0 in its mean.
+    `answer`: what was graded, in a form in which equal answers are equal texts (majority votes count them); None: there is none.
     `observation` is None once the episode has ended; while it goes on, it is what the policy reads next.
     """
 
@@ -37,6 +38,7 @@ class Reply:
     truncated: bool = False
     observation: Observation | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    answer: str | None = None
 
 
 def stable_hash(*parts: Any) -> int:
@@ -138,7 +140,10 @@ class TextEnvBase(gymnasium.Env[Observation, str]):
         return observation, {}
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """(observation, reward, terminated, truncated, {"metrics": ...}). Raises EnvError if no episode is running."""
+        """(observation, reward, terminated, truncated, {"metrics": ...}), and "answer" beside it if there is one.
+
+        Raises EnvError if no episode is running.
+        """
         if not self._running:
             raise EnvError(f"{type(self).__name__}.step was called while no episode runs; call reset first.")
         reply = self.respond(action)
@@ -151,4 +156,5 @@ class TextEnvBase(gymnasium.Env[Observation, str]):
         self._running = not ended
         nothing: Observation = [] if self._chat else ""
         observation = nothing if reply.observation is None else reply.observation
-        return observation, float(reply.reward), reply.terminated, reply.truncated, {"metrics": dict(reply.metrics)}
+        said = {} if reply.answer is None else {"answer": reply.answer}
+        return observation, float(reply.reward), reply.terminated, reply.truncated, {"metrics": dict(reply.metrics), **said}

@@ -87,4 +87,6 @@ class GSM8KEnv(TextEnvBase):
         marked = marked_number(action)
         number = last_number(action) if marked is None and self.grading == "flexible" else marked
         correct = number is not None and number == self._gold
-        return Reply(reward=float(correct), metrics={"accuracy": float(correct), "format": float(marked is not None)})
+        metrics = {"accuracy": float(correct), "format": float(marked is not None)}
+        # 1.50 and 1.5 are one answer.
+        return Reply(reward=float(correct), metrics=metrics, answer=None if number is None else f"{number.normalize():f}")

@@ -194,4 +194,5 @@ class ReasoningGymEnv(TextEnvBase):
             "format": float(bool(answer)),
             "grader_error": float(failed),
         }
-        return Reply(reward=score if score >= self.threshold else 0.0, metrics=metrics)
+        reward = score if score >= self.threshold else 0.0
+        return Reply(reward=reward, metrics=metrics, answer=answer.strip() if answer else None)
