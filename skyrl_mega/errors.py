@@ -29,6 +29,10 @@ class EnvError(SkyRLMegaError, RuntimeError):
     """An environment broke its contract (reset/step), or does not exist in the registry."""
 
 
+class RewardError(SkyRLMegaError, RuntimeError):
+    """A reward function, reward model or judge failed, ran out of time, or gave something that is no score."""
+
+
 class ModelLoadError(SkyRLMegaError, ValueError):
     """Weights and model do not fit: a tensor is missing, left over, or of the wrong shape; or the family is not supported."""
 
@@ -41,8 +45,20 @@ class RolloutError(SkyRLMegaError, RuntimeError):
     """The engine failed, or answered something that breaks its protocol (lengths, logprobs, versions)."""
 
 
+class EngineDiedError(RolloutError):
+    """A rollout engine is gone or does not answer. Its requests may be given to another engine."""
+
+
+class EngineStaleError(RolloutError):
+    """A rollout engine lives, but serves nothing until a whole weight version reaches it. Others may answer its requests."""
+
+
 class CheckpointError(SkyRLMegaError, RuntimeError):
     """A checkpoint is absent, incomplete, or does not belong to this run."""
+
+
+class LedgerError(SkyRLMegaError, RuntimeError):
+    """The ledger refuses a transition that would lose or double a group, or its file can't be used or is damaged."""
 
 
 class DeadlineError(SkyRLMegaError, TimeoutError):
@@ -51,3 +67,10 @@ class DeadlineError(SkyRLMegaError, TimeoutError):
 
 class NumericsError(SkyRLMegaError, ArithmeticError):
     """A loss, gradient or logprob is NaN or infinite, or a probe found engine and policy apart."""
+
+
+class NonFiniteUpdateError(NumericsError):
+    """The loss or the gradient norm of an update is not finite, on every rank: weights and optimizer are as they were before it.
+
+    The next update may be made: it begins with fresh gradients.
+    """

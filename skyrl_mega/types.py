@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -84,8 +85,13 @@ class Completion:
     """Token ids out, with the log-probability of each as the engine sampled it.
 
     `logprobs[t]` is that of the distribution token t was drawn from: log softmax(logits / temperature)[token_ids[t]], after
-    top-p and top-k where they are on (greedy: temperature 1). `policy_version` is the weight version that sampled every token
-    of it. `text` is the decoded turn, for environments; it is never tokenised again. len(token_ids) == len(logprobs) >= 1.
+    top-p and top-k where they are on (greedy: temperature 1). `policy_versions[t]` is the weight version that sampled token t:
+    a request in flight while weights are updated has more than one. `text` is the decoded turn, for environments; it is never
+    tokenised again. len(token_ids) == len(logprobs) == len(policy_versions) >= 1; an aborted turn may hold no token.
+
+    `routed_experts` int16 [n, layers, K]: the experts that computed token t of prompt and turn, in every layer of the model (one
+    without experts holds any number). n is one less than their tokens: the last one was not computed. None where the engine
+    was not asked for them, and in a turn without tokens.
     """
 
     request_id: str
@@ -93,7 +99,8 @@ class Completion:
     logprobs: Sequence[float]
     text: str
     stop_reason: StopReason
-    policy_version: int
+    policy_versions: Sequence[int]
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,11 @@ class Trajectory:
     `rollout_logprobs` is 0.0 and `policy_versions` is -1 where `loss_mask` is 0. `reward` is the sum of the turns' rewards.
     `terminated`: the environment ended the episode; `truncated`: a limit (turns, tokens) did. `metrics` are numbers the
     environment reports at the end (`accuracy` ...), averaged by telemetry.
+    `reward_components`: where the reward is a mixture (`reward.terms`), each score by the name of its term, unweighted, and
+    the environment's own reward as `env`; the turns then hold env_weight x the environment's rewards, the last one the rest too.
+    `answer`: what the environment took for the answer, in a form in which equal answers are equal; None: none, or it says none.
+    `routed_experts` int16 [L, layers, K], where the engine was asked for them: the experts that computed token t when it first
+    was (for a sampled token: in the turn that sampled it), -1 where none are known, as of the very last token.
     """
 
     token_ids: Sequence[int]
@@ -125,20 +137,39 @@ class Trajectory:
     truncated: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
     text: str = ""
+    reward_components: Mapping[str, float] = field(default_factory=dict)
+    answer: str | None = None
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class TrajectoryGroup:
-    """All trajectories of one prompt: the unit that is buffered, trained and counted exactly once."""
+    """All trajectories of one prompt: the unit that is buffered, trained and counted exactly once.
+
+    `num_masked`: samples left out because their environment (`env.on_error: mask`) or a reward term (its `on_error`) failed;
+    `num_retries`: episodes begun again; `reward_errors`: by term, samples that it could not score, masked or not.
+    `is_replayed`: an earlier step trained it already (`sampling.replay`); what is counted once leaves it out.
+    `baseline_reward`: of one greedy answer to the same prompt, where the advantages need it.
+    """
 
     group_id: str
     prompt_id: str
     trajectories: tuple[Trajectory, ...]
+    num_masked: int = 0
+    num_retries: int = 0
+    reward_errors: Mapping[str, int] = field(default_factory=dict)
+    is_replayed: bool = False
+    baseline_reward: float | None = None
 
     @property
     def min_policy_version(self) -> int:
         """The oldest weight version that sampled any token of the group."""
         return min(v for t in self.trajectories for v in t.policy_versions if v >= 0)
+
+    @property
+    def max_policy_version(self) -> int:
+        """The newest weight version that sampled any token of the group."""
+        return max(v for t in self.trajectories for v in t.policy_versions)
 
 
 @dataclass
@@ -146,7 +177,16 @@ class TrainSample:
     """One trajectory as tensors, token-aligned, on CPU. Filled in stages: `advantages` by the algorithm.
 
     token_ids int64 [L]; loss_mask bool [L]; rollout_logprobs float32 [L]; advantages float32 [L] (None until computed).
-    `sample_index` numbers the samples of one step 0..N-1; `group_index` numbers their groups.
+    `sample_index` numbers the samples of one step 0..N-1; `group_index` numbers their groups. `turns`: (start, end, reward) of
+    each policy turn, tokens [start, end). `reward_components`: as in `Trajectory`. `baseline_reward`: of the greedy answer to the
+    same prompt, where one was asked for. `is_replayed`: as in TrajectoryGroup. `staleness` float32 [L]: the trained policy's
+    version less the one that sampled the token, 0 where loss_mask is False; None where versions are not known. `routed_experts`
+    int16 [L, layers, K]: as in `Trajectory`.
+
+    Filled by passes over models, where the algorithm needs them before advantages: old_logprobs, ref_logprobs, teacher_logprobs
+    float32 [L], 0 where loss_mask is False; values float32 [L + 1]: values[t] is that of the state before token t, values[L]
+    that of the state after the last. `returns` float32 [L]: what the critic is trained on. `marked` float32 [L]: 1 at the tokens
+    that a policy loss picked from the whole update.
     """
 
     sample_index: int
@@ -157,6 +197,19 @@ class TrainSample:
     rollout_logprobs: torch.Tensor
     reward: float
     advantages: torch.Tensor | None = None
+    turns: tuple[tuple[int, int, float], ...] = ()
+    truncated: bool = False
+    is_replayed: bool = False
+    reward_components: Mapping[str, float] = field(default_factory=dict)
+    baseline_reward: float | None = None
+    staleness: torch.Tensor | None = None
+    routed_experts: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    marked: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -177,7 +230,9 @@ class ContextPart:
 
     The part's sequences are chunks of whole ones. Each chunk's queries see, of key rows: a trunk (`trunk_starts`,
     `trunk_lengths`; 0 where there is none), the `before` tokens of their sequence ahead of the chunk, and causally the chunk
-    itself, which begins at `starts`.
+    itself, which begins at `starts`. `sequence` is the number of the whole sequence in the whole micro-batch, which has
+    `num_sequences`; -1 for padding. `sample_index` is that of every whole sequence of it, also of those of which this rank has no
+    token.
     """
 
     num_tokens: int
@@ -186,6 +241,9 @@ class ContextPart:
     before: torch.Tensor
     trunk_starts: torch.Tensor
     trunk_lengths: torch.Tensor
+    sequence: torch.Tensor
+    num_sequences: int
+    sample_index: torch.Tensor
 
 
 @dataclass
@@ -194,13 +252,18 @@ class MicroBatch:
 
     input_ids, position_ids, labels int64 [T]; cu_seqlens int32 [S+1], cu_seqlens[0] == 0, cu_seqlens[-1] == T;
     loss_mask bool [T]; rollout_logprobs, advantages float32 [T]; sample_index int64 [S] (-1 marks a padding sequence, which
-    has no loss token); loss_tokens_per_sequence float32 [S]: loss tokens of the *whole* sequence, for sequence means.
+    has no loss token); loss_tokens_per_sequence float32 [S]: loss tokens of the *whole* sequence, for sequence means;
+    loss_tokens_per_group float32 [S]: those of all samples of its prompt in the update, for prompt means.
     `prefix_segments` int64 [S], where prompts are shared: the index of the sequence whose tokens this one attends to before
     its own (a trunk), or -1. A trunk holds a prompt once, without its last token, and has sample_index -1; each branch holds
     that last token and one response without its last token, so every position of a branch has a label.
-    `old_logprobs` and `ref_logprobs` float32 [T] are filled by the passes that compute them; entries where loss_mask is
-    False are 0.
-    `context` is set where this is a context-parallel rank's part of a micro-batch: its sequences are then chunks (the last
+    `old_logprobs`, `ref_logprobs`, `values`, `returns` and `marked` float32 [T] come with the samples or are filled by the
+    passes that compute them; entries where loss_mask is False are 0. `values[t]`: of the state in which `labels[t]` was sampled.
+    `staleness` float32 [T]: that of each label (see TrainSample).
+    `routed_experts` int16 [T, layers, K]: the experts that each *input* token goes to (as input_ids, not as labels), -1: the
+    router's own; from the samples, or from the pass that computed old_logprobs.
+    `teacher_topk_ids` int64 and `teacher_topk_logprobs` float32 [T, K]: the teacher's K likeliest tokens, where a loss wants
+    them. `context` is set where this is a context-parallel rank's part of a micro-batch: its sequences are then chunks (the last
     may be padding), with the sample_index and the loss_tokens_per_sequence of the whole sequence, and no prefix_segments.
     """
 
@@ -214,9 +277,17 @@ class MicroBatch:
     advantages: torch.Tensor
     sample_index: torch.Tensor
     loss_tokens_per_sequence: torch.Tensor
+    loss_tokens_per_group: torch.Tensor | None = None
     prefix_segments: torch.Tensor | None = None
+    staleness: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    marked: torch.Tensor | None = None
+    teacher_topk_ids: torch.Tensor | None = None
+    teacher_topk_logprobs: torch.Tensor | None = None
+    routed_experts: torch.Tensor | None = None
     context: ContextPart | None = None
 
     @property
@@ -228,18 +299,32 @@ class MicroBatch:
 class TrainBatch:
     """What one optimizer update sees on one data-parallel rank, with the normalisers of the *global* batch.
 
-    `num_loss_tokens` and `num_sequences` count the whole batch over all data-parallel ranks and micro-batches, and include
-    samples that were left out of compute because all their advantages are zero. Every rank has the same number of
-    micro-batches. `padding_fraction`: share of this rank's tokens that carry no sample; `imbalance`: 1 - mean/max over
-    ranks of the estimated cost.
+    `num_loss_tokens`, `num_sequences` and `num_groups` (prompts) count the whole batch over all data-parallel ranks and
+    micro-batches, and include samples that were left out of compute because all their advantages are zero. Every rank has the
+    same number of micro-batches. `padding_fraction`: share of this rank's tokens that carry no sample; `imbalance`: 1 -
+    mean/max over ranks of the estimated cost.
     """
 
     micro_batches: list[MicroBatch]
     num_loss_tokens: int
     num_sequences: int
+    num_groups: int = 0
     num_skipped: int = 0
     padding_fraction: float = 0.0
     imbalance: float = 0.0
+
+
+@dataclass
+class RowBatch(TrainBatch):
+    """A TrainBatch of rows of fixed data, with what the rows say besides their tokens; float32 [N], by sample_index.
+
+    `targets`: score, label or margin. `ref_logprobs`: the reference model's, summed over each answer's tokens, 0 for samples of
+    other data-parallel ranks; None where the loss needs none. `kl_baseline`: the distance that kto measures rewards against.
+    """
+
+    targets: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    kl_baseline: float = 0.0
 
 
 #: A step's numbers, by slash-separated name: `reward/mean`, `loss/policy`, `time/train_s`, `throughput/train_tokens_per_s`.
@@ -248,19 +333,26 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class WeightVersion:
-    """Proof that an engine serves `version`: how many tensors and bytes went, their joint checksum, seconds by phase."""
+    """Proof that engines serve `version`: how many tensors and bytes went, their joint checksum, seconds by phase.
+
+    `failed` names the engines that do not serve it, with the reason; each must be rebuilt or given a later version.
+    """
 
     version: int
     num_tensors: int
     size_bytes: int
     checksum: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainState:
     """Everything besides tensors that a resumed run needs.
 
+    `num_critic_updates`: optimizer updates of the critic; None: the run has none. `kl_coef`: where an adaptive KL coefficient
+    stands (None: where it begins). `warmup_steps`: supervised updates made before the first step. `num_nonfinite_skipped`:
+    updates left out because loss or gradient was not finite.
     `step`: optimizer steps' outer loop count already finished; `policy_version`: version the engine must serve;
     `prompt_source`: the prompt source's own state; `trained_groups`: group ids trained so far, counted (for the ledger).
     """
@@ -271,3 +363,7 @@ class TrainState:
     num_trained_groups: int
     num_optimizer_steps: int
     elapsed_train_s: float = 0.0
+    kl_coef: float | None = None
+    num_critic_updates: int | None = None
+    warmup_steps: int = 0
+    num_nonfinite_skipped: int = 0

@@ -1,12 +1,14 @@
 """Which settings go together: with each other, with the model's shape and with the number of processes. Reads no file.
 
-Every rule is a sentence and a function that yields its breaches; a function looks at nothing but its arguments.
+Every rule is a sentence and a function that yields its breaches; a function looks at nothing but its arguments. Rules of single
+sections are in files of their own; `rules` has them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from skyrl_mega.config.placement import needs_fleet, needs_own_process
 from skyrl_mega.config.rule import Facts, Finding, RuleBook
 from skyrl_mega.config.schema import Config
 
@@ -139,14 +141,16 @@ def _offloaded_layers_exist(config: Config, facts: Facts) -> Iterator[Finding]:
 
 
 @rule(
-    "`model.fp8`, `model.offload_layers`, `optimizer.offload` and `parallel.overlap_tensor` are for CUDA:"
-    " `trainer.device` must not be cpu"
+    "`model.fp8`, `model.offload_layers`, `model.offload_frozen`, `optimizer.offload`, `critic.optimizer.offload` and"
+    " `parallel.overlap_tensor` are for CUDA: `trainer.device` must not be cpu"
 )
 def _cuda_settings_need_cuda(config: Config, facts: Facts) -> Iterator[Finding]:
     asked = {
         "model.fp8": config.model.fp8 != "off",
         "model.offload_layers": config.model.offload_layers > 0,
+        "model.offload_frozen": config.model.offload_frozen,
         "optimizer.offload": config.optimizer.offload,
+        "critic.optimizer.offload": config.critic.optimizer.offload,
         "parallel.overlap_tensor": config.parallel.overlap_tensor,
     }
     for name, is_asked in asked.items():
@@ -160,86 +164,120 @@ def _fp8_is_over_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
         yield Finding(f"`model.dtype` is {config.model.dtype}", "Choose `precision=fp8`, or set `model.fp8=off`.")
 
 
-# ---- experts -------------------------------------------------------------------------------------------------------------
+# ---- critic ---------------------------------------------------------------------------------------------------------------
 
 
-@rule("`parallel.expert` and `parallel.expert_tensor` above 1 need a mixture of experts whose number and FFN size they divide")
-def _experts_are_divisible(config: Config, facts: Facts) -> Iterator[Finding]:
-    model, expert, expert_tensor = facts.model, config.parallel.expert, config.parallel.expert_tensor
-    if model is None or min(expert, expert_tensor) < 1 or expert == expert_tensor == 1:
+@rule("The model of `critic.path` is laid out as the policy's: heads, layers and experts must divide likewise")
+def _layout_fits_critic(config: Config, facts: Facts) -> Iterator[Finding]:
+    critic, parallel = facts.critic, config.parallel
+    if critic is None or min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert) < 1:
         return
-    if model.experts is None:
-        yield Finding(
-            f"`parallel.expert` is {expert}, `parallel.expert_tensor` is {expert_tensor} and the model (`{model.family}`) is"
-            " dense",
-            "Set both to 1; `parallel.tensor` and `parallel.pipeline` shard dense models.",
-        )
+    sizes = {
+        "attention heads": (critic.num_heads, parallel.tensor),
+        "KV heads": (critic.num_kv_heads, parallel.tensor),
+        "layers": (critic.num_layers, parallel.pipeline * parallel.virtual_pipeline),
+        "FFN size": (critic.ffn_size, parallel.tensor if critic.experts is None else 1),
+        "experts": (critic.experts.count if critic.experts is not None else 1, parallel.expert),
+    }
+    odd = [f"{name} {size}, not divisible by {ranks}" for name, (size, ranks) in sizes.items() if size % ranks]
+    if odd:
+        yield Finding(f"it has {'; '.join(odd)}", "Choose another layout, or another model for the critic.")
+
+
+@rule("The model of `critic.path` must know as many positions as `rollout.max_model_len`, and the tokens of the policy")
+def _critic_reads_what_the_policy_writes(config: Config, facts: Facts) -> Iterator[Finding]:
+    critic, longest = facts.critic, config.rollout.max_model_len
+    if critic is None:
         return
-    if model.experts.count % expert:
-        fitting = [n for n in range(1, model.experts.count + 1) if model.experts.count % n == 0]
+    if longest > critic.max_position_embeddings:
+        known = critic.max_position_embeddings
+        yield Finding(f"it knows {known} of {longest} positions", f"Set `rollout.max_model_len={known}` or less.")
+    if facts.model is not None and critic.vocab_size != facts.model.vocab_size:
         yield Finding(
-            f"`parallel.expert` is {expert} and the model has {model.experts.count} experts",
-            f"Sizes that fit this model: {', '.join(map(str, fitting))}.",
-        )
-    if model.experts.ffn_size % expert_tensor:
-        yield Finding(
-            f"`parallel.expert_tensor` is {expert_tensor} and the experts' FFN size is {model.experts.ffn_size}",
-            "Set `parallel.expert_tensor=1`.",
+            f"its vocabulary has {critic.vocab_size} entries, the policy's {facts.model.vocab_size}",
+            "Make sure that both have the same tokenizer (some families pad the vocabulary differently by size).",
+            is_warning=True,
         )
 
 
-@rule("The number of processes must be divisible by `parallel.expert` x `parallel.expert_tensor` x `parallel.pipeline`")
-def _world_size_holds_experts(config: Config, facts: Facts) -> Iterator[Finding]:
-    parallel = config.parallel
-    size = max(1, parallel.expert * parallel.expert_tensor * parallel.pipeline)
-    if facts.world_size % size:
-        yield Finding(
-            f"{facts.world_size} processes for {parallel.expert} x {parallel.expert_tensor} x {parallel.pipeline} = {size}",
-            f"Start {size} processes or a multiple, or lower `parallel.expert`.",
-        )
+@rule("`critic.warmup_steps` must leave steps to the policy: fewer than `trainer.max_steps`")
+def _warmup_ends(config: Config, facts: Facts) -> Iterator[Finding]:
+    warmup, last = config.critic.warmup_steps, config.trainer.max_steps
+    if warmup >= last:
+        yield Finding(f"{warmup} of {last} steps", "Lower `critic.warmup_steps`, or raise `trainer.max_steps`.")
 
 
-@rule("`parallel.tensor` > 1 with a mixture of experts needs `parallel.sequence_parallel`: each process routes its own tokens")
-def _experts_need_sequence_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
-    model, parallel = facts.model, config.parallel
-    if model is not None and model.experts is not None and parallel.tensor > 1 and not parallel.sequence_parallel:
-        yield Finding(
-            f"`parallel.tensor` is {parallel.tensor}, `parallel.sequence_parallel` is false and the model is `{model.family}`",
-            "Set `parallel.sequence_parallel=true`, or choose `parallel=ep2_tp2`.",
-        )
-
-
-@rule("`parallel.expert_tensor` must be 1, or equal to `parallel.tensor` on CUDA: gloo can't gather uneven numbers of tokens")
-def _expert_tensor_fits(config: Config, facts: Facts) -> Iterator[Finding]:
-    parallel = config.parallel
-    if parallel.expert_tensor > 1 and (config.trainer.device == "cpu" or parallel.expert_tensor != parallel.tensor):
-        yield Finding(
-            f"`parallel.expert_tensor` is {parallel.expert_tensor}, `parallel.tensor` is {parallel.tensor} and `trainer.device`"
-            f" is {config.trainer.device}",
-            "Set `parallel.expert_tensor=1` and raise `parallel.expert`.",
-        )
-
-
-@rule("`model.moe_aux_loss_coef` > 0 needs a mixture of experts: it balances the load of experts")
-def _aux_loss_needs_experts(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.model.moe_aux_loss_coef > 0 and facts.model is not None and facts.model.experts is None:
-        yield Finding(
-            f"it is {config.model.moe_aux_loss_coef} and the model (`{facts.model.family}`) is dense",
-            "Set `model.moe_aux_loss_coef=0`.",
-        )
+@rule("`trainer.record_steps` records updates of the policy, and the first `critic.warmup_steps` steps have none")
+def _recorded_steps_train_the_policy(config: Config, facts: Facts) -> Iterator[Finding]:
+    early = [step for step in config.trainer.record_steps if 1 <= step <= config.critic.warmup_steps]
+    if early:
+        yield Finding(f"{', '.join(map(str, early))} of {config.critic.warmup_steps} such steps", "Record later ones.")
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------------
 
 
 @rule(
-    "`rollout.placement=in_process` needs a single process: an engine inside one rank of several would wait for the others"
-    " forever"
+    "`rollout.placement=in_process` is for a single process that rolls out and trains in turns with one engine: inside one rank"
+    " of several an engine would wait for the others forever, and it can't generate while that process trains"
 )
-def _in_process_needs_one_process(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.rollout.placement == "in_process" and facts.world_size > 1:
+def _in_process_takes_turns(config: Config, facts: Facts) -> Iterator[Finding]:
+    asked = needs_own_process(config, facts.world_size)
+    if config.rollout.placement == "in_process" and asked:
+        yield Finding(f"got {', '.join(asked)}", "Set `rollout.placement=auto`.")
+
+
+@rule("Several engines, and external servers, need `rollout.placement=ray`; `rollout.num_engines=0` needs external servers")
+def _fleets_need_ray(config: Config, facts: Facts) -> Iterator[Finding]:
+    asked = needs_fleet(config)
+    if config.rollout.placement == "child_process" and asked:
+        yield Finding(f"got {', '.join(asked)} and `rollout.placement=child_process`", "Set `rollout.placement=ray` or `auto`.")
+    if config.rollout.num_engines == 0 and not config.rollout.external_urls:
+        yield Finding("there is no engine at all", "Set `rollout.num_engines=1`, or name servers in `rollout.external_urls`.")
+
+
+@rule("`rollout.engine_pipeline` and `rollout.engine_data` > 1 need cuda: vLLM's CPU build dies of the first request with them")
+def _engine_layouts_need_cuda(config: Config, facts: Facts) -> Iterator[Finding]:
+    rollout = config.rollout
+    for name, size in (("engine_pipeline", rollout.engine_pipeline), ("engine_data", rollout.engine_data)):
+        if size > 1 and config.trainer.device == "cpu":
+            yield Finding(
+                f"`rollout.{name}` is {size} and `trainer.device` is cpu",
+                f"Set `rollout.{name}=1`; `rollout.engine_tensor` divides an engine too, and `rollout.num_engines` adds some.",
+            )
+
+
+@rule("`rollout.weight_transport` must fit the device: shm and gloo for CPU, cuda_ipc (same GPUs) and nccl (other GPUs) for CUDA")
+def _transport_fits_device(config: Config, facts: Facts) -> Iterator[Finding]:
+    transport, device = config.rollout.weight_transport, config.trainer.device
+    if transport in ("cuda_ipc", "nccl") and device == "cpu":
+        yield Finding(f"`rollout.weight_transport` is {transport} on cpu", "Set `rollout.weight_transport=auto`.")
+    if transport == "cuda_ipc" and not config.rollout.colocated:
+        yield Finding("it is cuda_ipc and `rollout.colocated` is false", "Set `rollout.weight_transport=nccl` or `auto`.")
+    if transport == "nccl" and config.rollout.colocated:
         yield Finding(
-            f"there are {facts.world_size} processes", "Set `rollout.placement=auto` or `rollout.placement=child_process`."
+            "it is nccl and `rollout.colocated` is true: NCCL does not connect two processes on one GPU",
+            "Set `rollout.weight_transport=cuda_ipc` or `auto`.",
+        )
+
+
+@rule("`rollout.weight_delta` compares weights in host memory: it goes with the transports shm and gloo")
+def _delta_is_in_host_memory(config: Config, facts: Facts) -> Iterator[Finding]:
+    if config.rollout.weight_delta and config.rollout.weight_transport in ("nccl", "cuda_ipc"):
+        yield Finding(
+            f"`rollout.weight_transport` is {config.rollout.weight_transport}",
+            "Set `rollout.weight_transport=gloo`, or `rollout.weight_delta=false`.",
+        )
+
+
+@rule("`parallel.timeout_s` should exceed `rollout.request_timeout_s`: else ranks give up before a hung engine is found out")
+def _ranks_outwait_requests(config: Config, facts: Facts) -> Iterator[Finding]:
+    ranks_s, request_s = config.parallel.timeout_s, config.rollout.request_timeout_s
+    if facts.world_size > 1 and ranks_s <= request_s:
+        yield Finding(
+            f"they are {ranks_s:g} and {request_s:g}",
+            f"Set `parallel.timeout_s={2 * request_s:g}`, or lower `rollout.request_timeout_s`.",
+            is_warning=True,
         )
 
 
@@ -256,16 +294,6 @@ def _updates_divide_prompts(config: Config, facts: Facts) -> Iterator[Finding]:
         f"{prompts} prompts and {updates} updates",
         f"Try `trainer.updates_per_step={below}` or `trainer.prompts_per_step={updates}`.",
     )
-
-
-@rule(
-    "`trainer.samples_per_prompt` must be at least 2 for `algorithm.advantage=grpo`: a group of one has no spread and teaches"
-    " nothing"
-)
-def _groups_have_spread(config: Config, facts: Facts) -> Iterator[Finding]:
-    samples = config.trainer.samples_per_prompt
-    if samples == 1 and config.algorithm.advantage == "grpo":
-        yield Finding("got 1", "Set `trainer.samples_per_prompt=8`.")
 
 
 @rule("Every data-parallel process needs a sequence in every update")
@@ -304,10 +332,7 @@ def _recorded_steps_exist(config: Config, facts: Facts) -> Iterator[Finding]:
         )
 
 
-@rule("`trainer.max_staleness` must be 0: this version trains synchronously")
-def _synchronous_only(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.trainer.max_staleness > 0:
-        yield Finding(f"got {config.trainer.max_staleness}", "Set `trainer.max_staleness=0`.")
+# ---- checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 @rule("`checkpoint.keep_best` goes by a metric of the steps that are saved; `eval/...` exists only where those are evaluated")
@@ -349,9 +374,11 @@ def _positions_known(config: Config, facts: Facts) -> Iterator[Finding]:
         yield Finding(f"{config.rollout.max_model_len} for a model of {known}", f"Set `rollout.max_model_len={known}` or less.")
 
 
-@rule("`rollout.max_model_len` must not exceed the model's sliding window: the trainer attends to the whole sequence")
+@rule(
+    "`rollout.max_model_len` must not exceed the sliding window of a Qwen model that has one in some layers: vLLM can't serve it"
+)
 def _inside_sliding_window(config: Config, facts: Facts) -> Iterator[Finding]:
-    window = facts.model.sliding_window if facts.model is not None else None
+    window = facts.model.unserved_window if facts.model is not None else None
     if window is not None and config.rollout.max_model_len > window:
         yield Finding(
             f"{config.rollout.max_model_len} for a window of {window}", f"Set `rollout.max_model_len={window}` or less."

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from packaging.version import Version
 
-from skyrl_mega.config.build import HOW_TO_LIST, config_from_dict, numbered, unknown_key_problem
+from skyrl_mega.config.build import config_from_dict, how_to_list, numbered, unknown_key_problem
 from skyrl_mega.config.files import (
     CONFIG_PACKAGE,
     config_directories,
@@ -38,11 +38,15 @@ from skyrl_mega.config.files import (
     option_file,
     option_values,
 )
+from skyrl_mega.config.offline_schema import OWN_SECTION, ROOTS
 from skyrl_mega.config.schema import Config, as_dict
 from skyrl_mega.config.settings import all_settings, nearest, section_keys
 from skyrl_mega.errors import ConfigError
 
 _HYDRA_VERSION_BASE = "1.3"
+
+#: The groups that make sense in every root; the others hold settings of reinforcement learning.
+_SHARED_GROUPS = ("model", "parallel")
 
 
 def load_config(
@@ -51,22 +55,23 @@ def load_config(
     config_name: str = "train",
     config_dir: Path | None = None,
     allow_missing: bool = False,
-) -> Config:
-    """The configuration that `config_name` and `overrides` describe, typed and frozen.
+    root: type = Config,
+) -> Any:
+    """The configuration of schema `root` that `config_name` and `overrides` describe, typed and frozen.
 
     `config_dir` is searched before the files that come with the package; a primary file of its own starts with
     `defaults: [train, _self_]`. `allow_missing` leaves required settings that were not given at `???` (for printing only).
     Raises ConfigError, with all problems in one message. Says nothing about combinations of settings: that is `validate`.
     """
     directories = config_directories(config_dir)
-    _require_primary_file(config_name, directories)
-    parsed = _parse_overrides(overrides, config_groups(directories))
+    _require_primary_file(config_name, directories, root)
+    parsed = _parse_overrides(overrides, _groups_of(root, directories), root)
     composed = _compose(config_name, [text for text, _ in parsed], config_dir)
     _require_choices_to_count(config_name, parsed, directories, config_dir)
-    return config_from_dict(_resolve(composed), allow_missing=allow_missing)
+    return config_from_dict(_resolve(composed, root), allow_missing=allow_missing, root=root)
 
 
-def save_resolved(config: Config, path: Path) -> None:
+def save_resolved(config: Any, path: Path) -> None:
     """Writes every setting of `config` to `path` as YAML; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +88,8 @@ def save_resolved(config: Config, path: Path) -> None:
         raise
 
 
-def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `save_resolved` wrote to `path`, changed by `overrides`. Raises ConfigError.
+def load_saved(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The configuration that `save_resolved` wrote to `path`, of whichever root, changed by `overrides`. Raises ConfigError.
 
     A group's option replaces the one chosen before: settings that any option of the group gives, and this one does not, go back
     to their defaults.
@@ -102,17 +107,18 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"`{path}` must hold a mapping of sections; got {type(values).__name__}. Restore the file, or start a new run."
         )
-    for key, value in _overriding_values(overrides):
-        _set(values, key, value)
-    return config_from_dict(values)
+    root = next((root for section, root in OWN_SECTION.items() if section in values), Config)
+    for key, value in _overriding_values(overrides, root):
+        _set(values, key, value, root)
+    return config_from_dict(values, root=root)
 
 
-def _overriding_values(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _overriding_values(overrides: Sequence[str], root: type) -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything that `overrides` set in a configuration that is composed already."""
     directories = config_directories()
-    groups = config_groups(directories)
-    defaults = {setting.key: setting.default for setting in all_settings()}
-    for text, override in _parse_overrides(overrides, groups):
+    groups = _groups_of(root, directories)
+    defaults = {setting.key: setting.default for setting in all_settings(root)}
+    for text, override in _parse_overrides(overrides, groups, root):
         key, value = override.key_or_group, override.value()
         if override.is_delete() or key == "recipe":
             raise ConfigError(f"A saved configuration is changed setting by setting; got `{text}`. Write `section.key=value`.")
@@ -128,23 +134,24 @@ def _overriding_values(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield from option_values(key, option_file(key, value, directories)).items()
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
+def _set(values: dict[str, Any], key: str, value: Any, root: type) -> None:
     *sections, name = key.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(unknown_key_problem(key))
+            raise ConfigError(unknown_key_problem(key, root))
         values = inner
     values[name] = value
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Any) -> str:
     """Every setting as YAML, in the order of the schema."""
     return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _require_primary_file(config_name: str, directories: Sequence[Path]) -> None:
-    known = sorted({file.stem for directory in directories for file in directory.glob("*.yaml")})
+def _require_primary_file(config_name: str, directories: Sequence[Path], root: type) -> None:
+    of_others = {command for command, other in ROOTS.items() if other is not root}
+    known = sorted({file.stem for directory in directories for file in directory.glob("*.yaml")} - of_others)
     if config_name not in known:
         guess = nearest(config_name, known)
         searched = ", ".join(str(directory) for directory in directories)
@@ -154,7 +161,13 @@ def _require_primary_file(config_name: str, directories: Sequence[Path]) -> None
         )
 
 
-def _parse_overrides(overrides: Sequence[str], groups: dict[str, tuple[str, ...]]) -> list[tuple[str, Override]]:
+def _groups_of(root: type, directories: Sequence[Path]) -> dict[str, tuple[str, ...]]:
+    """The groups whose options a configuration of `root` may choose."""
+    groups = config_groups(directories)
+    return groups if root is Config else {name: groups[name] for name in _SHARED_GROUPS}
+
+
+def _parse_overrides(overrides: Sequence[str], groups: dict[str, tuple[str, ...]], root: type) -> list[tuple[str, Override]]:
     """Each override as Hydra shall see it, and parsed; raises ConfigError where one can't be meant.
 
     A dotted key is a setting: it is forced in (`++`), because our files hold only what differs from the schema, and the
@@ -171,7 +184,7 @@ def _parse_overrides(overrides: Sequence[str], groups: dict[str, tuple[str, ...]
                 "commas, brackets or equals signs: `'key=\"a, b\"'`."
             )
             continue
-        problem = _override_problem(text, override, groups)
+        problem = _override_problem(text, override, groups, root)
         if problem:
             problems.append(problem)
             continue
@@ -186,7 +199,7 @@ def _parse_overrides(overrides: Sequence[str], groups: dict[str, tuple[str, ...]
     return parsed
 
 
-def _override_problem(text: str, override: Override, groups: dict[str, tuple[str, ...]]) -> str | None:
+def _override_problem(text: str, override: Override, groups: dict[str, tuple[str, ...]], root: type) -> str | None:
     key = override.key_or_group
     if override.is_sweep_override():
         return (
@@ -203,21 +216,22 @@ def _override_problem(text: str, override: Override, groups: dict[str, tuple[str
         value = override.value()
         chosen = value if isinstance(value, list) else [value]
         wrong = [str(option) for option in chosen if option is not None and str(option) not in groups[key]]
-        return _unknown_option_problem(key, wrong[0], groups[key]) if wrong and not override.is_delete() else None
-    if key in section_keys():
-        return f"`{key}` is a section, not a group with options; got `{text}`. Set its parts: `{key}.name=value`. {HOW_TO_LIST}"
+        return _unknown_option_problem(key, wrong[0], groups[key], root) if wrong and not override.is_delete() else None
+    if key in section_keys(root):
+        parts = f"Set its parts: `{key}.name=value`. {how_to_list(root)}"
+        return f"`{key}` is a section, not a group with options; got `{text}`. {parts}"
     guess = nearest(key, groups)
-    if guess and key not in {setting.key.rpartition(".")[2] for setting in all_settings()}:
+    if guess and key not in {setting.key.rpartition(".")[2] for setting in all_settings(root)}:
         return f"`{key}` is not a group of options; got `{text}`. Did you mean `{guess}` ({', '.join(groups[guess])})?"
-    return unknown_key_problem(key)
+    return unknown_key_problem(key, root)
 
 
-def _unknown_option_problem(group: str, option: str, options: Sequence[str]) -> str:
+def _unknown_option_problem(group: str, option: str, options: Sequence[str], root: type) -> str:
     guess = nearest(option, options)
     return (
         f"`{group}` must be one of {', '.join(options)}, or null; got `{option}`. "
         + (f"Did you mean `{group}={guess}`?" if guess else "Give one of these, or leave it out.")
-        + (f" Single settings are written `{group}.name=value`." if group in section_keys() else "")
+        + (f" Single settings are written `{group}.name=value`." if group in section_keys(root) else "")
     )
 
 
@@ -276,19 +290,19 @@ def _require_choices_to_count(
         raise ConfigError(numbered(problems))
 
 
-def _resolve(composed: DictConfig) -> dict[str, Any]:
+def _resolve(composed: DictConfig, root: type) -> dict[str, Any]:
     """Plain values, with interpolations filled in; they may refer to the schema's defaults too."""
     try:
-        merged = OmegaConf.merge(OmegaConf.create(as_dict(Config())), composed)
+        merged = OmegaConf.merge(OmegaConf.create(as_dict(root())), composed)
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         where = f"`{error.full_key}`" if error.full_key else "A section"
         raise ConfigError(
             f"{where} must resolve to a value that fits its place; {_one_line(error.msg or error)}. Check the interpolation, or"
-            f" the section's shape. {HOW_TO_LIST}"
+            f" the section's shape. {how_to_list(root)}"
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"The configuration must be a mapping of sections; got {type(values).__name__}. {HOW_TO_LIST}")
+        raise ConfigError(f"The configuration must be a mapping of sections; got {type(values).__name__}. {how_to_list(root)}")
     return {str(key): value for key, value in values.items()}
 
 

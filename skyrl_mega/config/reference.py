@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from skyrl_mega.config import schema
-from skyrl_mega.config.combinations import COMBINATIONS
+from skyrl_mega.config import offline_schema, schema
 from skyrl_mega.config.files import config_directories, config_groups, describe, option_file
 from skyrl_mega.config.model_files import FAMILIES
-from skyrl_mega.config.ranges import RANGES
-from skyrl_mega.config.settings import Setting, all_settings, type_hints, words_for
-from skyrl_mega.config.surroundings import SURROUNDINGS
+from skyrl_mega.config.offline import OFFLINE_RANGES, OFFLINE_RULES
+from skyrl_mega.config.ranges import RANGES, Range
+from skyrl_mega.config.rules import ALL_COMBINATIONS, ALL_SURROUNDINGS
+from skyrl_mega.config.settings import Setting, all_settings, default_of, type_hints, words_for
 
 REFERENCE_PATH = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -47,6 +48,16 @@ would change a setting of a group that was chosen on the command line, loading s
 """
 
 
+#: What stands before the settings of the commands that train on fixed data.
+ROWS_TITLE = "\n## Training on fixed data: `skyrl-mega sft`, `dpo`, `rm`\n"
+_ROWS_HEAD = """\
+Each command has a configuration of its own ([how they train](training_modes.md)), which begins with the primary file of its
+name. They share the sections `model`, `parallel`, `optimizer`, `checkpoint` and `telemetry` with the tables above, and the groups
+`model` and `parallel`, and they have `lora` too, but for its `sync`. A rule above whose sentence names only settings that
+they have holds for them too.
+"""
+
+
 def reference() -> str:
     """The whole document."""
     parts = [_HEAD, "## The batch words\n", _batch_words(), "\n## Recipes and groups\n", *_groups()]
@@ -55,19 +66,32 @@ def reference() -> str:
     parts.append(
         "\n## Rules between settings\n\nChecked before anything heavy is imported; all that are broken are reported together.\n"
     )
-    parts.extend(f"- {rule.statement}." for rule in COMBINATIONS)
+    parts.extend(f"- {rule.statement}." for rule in ALL_COMBINATIONS)
     parts.append("\nAnd around the run:\n")
     parts.append(
         f"- `model.path` must hold `config.json` of a supported family ({', '.join(FAMILIES)}), `*.safetensors` and the"
         " tokenizer."
     )
-    parts.extend(f"- {rule.statement}." for rule in SURROUNDINGS)
+    parts.extend(f"- {rule.statement}." for rule in ALL_SURROUNDINGS)
+    parts.extend([ROWS_TITLE, _ROWS_HEAD, _batch_words(offline_schema.__doc__, "The batch words:")])
+    parts.extend(_rows_sections())
+    parts.append("\nRules of theirs:\n")
+    parts.extend(f"- {statement}." for statement in OFFLINE_RULES.values())
     return "\n".join(parts) + "\n"
 
 
-def _batch_words() -> str:
-    """The paragraph of the schema's docstring that can't be read two ways."""
-    return (schema.__doc__ or "").partition("The batch words, which can't be read two ways:")[2].strip() + "\n"
+def _rows_sections() -> Iterator[str]:
+    """The sections that reinforcement learning has not, of all three commands; shared ones once."""
+    ranges = {**RANGES, **OFFLINE_RANGES}
+    shared = {field.name for field in dataclasses.fields(offline_schema.OfflineConfig)}
+    own = {section: root for section, root in offline_schema.OWN_SECTION.items() if section not in shared}
+    for section, root in {**dict.fromkeys(("data", "trainer", "evaluation"), offline_schema.SFTConfig), **own}.items():
+        yield from _sections(type_hints(root)[section], f"{section}.", root, ranges)
+
+
+def _batch_words(text: str | None = schema.__doc__, title: str = "The batch words, which can't be read two ways:") -> str:
+    """The paragraph of a schema's docstring that says what the batch is made of."""
+    return (text or "").partition(title)[2].strip() + "\n"
 
 
 def _groups() -> Iterator[str]:
@@ -79,28 +103,71 @@ def _groups() -> Iterator[str]:
             yield f"- `{group}={option}`: {describe(option_file(group, option, directories))}"
 
 
-def _sections(cls: type, prefix: str) -> Iterator[str]:
+def _sections(cls: type, prefix: str, root: type = schema.Config, ranges: Mapping[str, Range] = RANGES) -> Iterator[str]:
     """One table per section of the schema, nested sections after the one that holds them."""
     nested = [
         (field.name, typing.cast(type, hint))
         for field in dataclasses.fields(cls)
         if dataclasses.is_dataclass(hint := type_hints(cls)[field.name])
     ]
-    leaves = [setting for setting in all_settings() if setting.key.rpartition(".")[0] == prefix.rstrip(".")]
+    leaves = [setting for setting in all_settings(root) if setting.key.rpartition(".")[0] == prefix.rstrip(".")]
     if leaves:
         yield f"\n### {prefix.rstrip('.')}\n\n{cls.__doc__}\n"
         yield "| key | type | default | meaning |\n|---|---|---|---|"
-        yield from (_row(setting) for setting in leaves)
+        yield from (_row(setting, ranges) for setting in leaves)
+        for setting in leaves:
+            kinds = _kinds(setting.hint)
+            if kinds:
+                base = kinds[0].__mro__[1]
+                yield f"\n`{setting.key}` of every kind:\n"
+                yield from (_item(field, base) for field in dataclasses.fields(base))
+            for cls_of_kind in kinds:
+                yield from _kind(setting.key, cls_of_kind)
+            if (item := _item_class(setting.hint)) is not None:
+                yield f"\nEach of `{setting.key}`: {item.__doc__}\n"
+                yield from (_item(field, item) for field in dataclasses.fields(item))
     for name, section in nested:
-        yield from _sections(section, f"{prefix}{name}.")
+        yield from _sections(section, f"{prefix}{name}.", root, ranges)
 
 
-def _row(setting: Setting) -> str:
+def _item_class(hint: Any) -> type | None:
+    """The class of which every item of a list of mappings is; None for any other type."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return typing.cast(type, item) if dataclasses.is_dataclass(item) else None
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The classes that an item of a list of mappings may be; () for any other type."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return typing.get_args(item) if isinstance(item, types.UnionType) else ()
+
+
+def _kind(key: str, cls: type) -> Iterator[str]:
+    """One list per kind of item, after what all have: these are no settings of their own, since no dotted key gives them."""
+    base = cls.__mro__[1]
+    shared = {field.name: default_of(field) for field in dataclasses.fields(base)}
+    kind = typing.get_args(type_hints(cls)["kind"])[0]
+    yield f"\n`{key}` of `kind: {kind}`: {cls.__doc__} Besides the settings of every kind:\n"
+    for field in dataclasses.fields(cls):
+        is_shared = field.name in shared and shared[field.name] == default_of(field)
+        if not is_shared and field.name != "kind":
+            yield _item(field, cls)
+
+
+def _item(field: dataclasses.Field, cls: type) -> str:
+    setting = Setting(field.name, type_hints(cls)[field.name], default_of(field), field.metadata["doc"])
+    choices = typing.get_args(setting.hint) if typing.get_origin(setting.hint) is typing.Literal else ()
+    words = ", ".join(f"`{choice}`" for choice in choices) or words_for(setting.hint)
+    default = "required" if setting.is_required else f"default {_default(setting)}"
+    return f"- `{field.name}` ({words}; {default}): {setting.doc}"
+
+
+def _row(setting: Setting, ranges: Mapping[str, Range]) -> str:
     kind = words_for(setting.hint)
     if typing.get_origin(setting.hint) is typing.Literal:
         kind = ", ".join(f"`{choice}`" for choice in typing.get_args(setting.hint))
-    if setting.key in RANGES:
-        kind += f" {RANGES[setting.key]}"
+    if setting.key in ranges:
+        kind += f" {ranges[setting.key]}"
     cells = (f"`{setting.key}`", kind, _default(setting), setting.doc)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -113,6 +180,8 @@ def _default(setting: Setting) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, (tuple, list)):
         return f"`[{', '.join(map(str, value))}]`"
+    if dataclasses.is_dataclass(value):
+        return "as in the section of that name"
     return f'`"{value}"`' if value == "" else f"`{value}`"
 
 

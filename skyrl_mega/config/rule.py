@@ -11,10 +11,14 @@ from skyrl_mega.config.schema import Config
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule may look at besides the configuration. `model` is None where its files were not, or could not be, read."""
+    """What a rule may look at besides the configuration. `model` is None where its files were not, or could not be, read.
+
+    `critic` is the model of `critic.path`; None also where the critic begins with the policy's.
+    """
 
     world_size: int
     model: ModelFiles | None
+    critic: ModelFiles | None = None
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ def all_settings(cls: type = Config, prefix: str = "") -> tuple[Setting, ...]:
 
 
 @functools.cache
-def section_keys() -> tuple[str, ...]:
+def section_keys(root: type = Config) -> tuple[str, ...]:
     """Dotted keys of the sections: `model`, `algorithm`, `algorithm.kl` ..."""
-    keys = {setting.key.rpartition(".")[0] for setting in all_settings()}
+    keys = {setting.key.rpartition(".")[0] for setting in all_settings(root)}
     return tuple(sorted(keys | {key.partition(".")[0] for key in keys}))
 
 
@@ -84,8 +84,8 @@ def words_for(hint: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(str(arg) for arg in args)
     if origin is tuple:
-        return f"a list of {_PLURALS[args[0]]}"
-    if origin is dict:
+        return f"a list of {_PLURALS.get(args[0], 'mappings')}"
+    if origin is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
     return _WORDS[hint]
 

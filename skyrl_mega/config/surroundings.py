@@ -15,6 +15,7 @@ from pathlib import Path
 from skyrl_mega.config.rule import Facts, Finding, RuleBook
 from skyrl_mega.config.schema import Config
 from skyrl_mega.config.settings import nearest
+from skyrl_mega.config.teacher_files import teacher_problems
 
 SURROUNDINGS = RuleBook()
 rule = SURROUNDINGS.rule
@@ -121,6 +122,26 @@ def _data_files_exist(config: Config, facts: Facts) -> Iterator[Finding]:
             yield Finding(f"`{key}` is `{text}`, a directory, and `data.source` is {source}", "Name the file, or use hf_dataset.")
         elif source != "hf_dataset" and path.stat().st_size == 0:
             yield Finding(f"`{key}` is `{text}`, an empty file", "Give a file with rows.")
+
+
+@rule("`teacher.path` must be a model that can judge the policy's tokens")
+def _teacher_fits_policy(config: Config, facts: Facts) -> Iterator[Finding]:
+    if not config.teacher.path or facts.model is None:
+        return
+    for problem in teacher_problems(Path(config.teacher.path), facts.model, max_model_len=config.rollout.max_model_len):
+        values, _, remedy = problem.rpartition(". ")
+        yield Finding(values, remedy)
+
+
+@rule("`warmup.path` must be a file of demonstrations, where `warmup.steps` > 0")
+def _warmup_rows_exist(config: Config, facts: Facts) -> Iterator[Finding]:
+    steps, path = config.warmup.steps, config.warmup.path
+    if steps > 0 and not path:
+        yield Finding(f"`warmup.steps` is {steps} and `warmup.path` is empty", "Set `warmup.path=FILE.jsonl`, or no steps.")
+    elif steps > 0 and not Path(path).is_file():
+        yield Finding(f"`warmup.path` is `{path}` and no file is there (from `{Path.cwd()}`)", "Correct the path.")
+    elif steps == 0 and path:
+        yield Finding(f"`warmup.path` is `{path}` and `warmup.steps` is 0, which trains nothing", "Set `warmup.steps=50`.")
 
 
 @rule("`trainer.run_dir` must be a directory that can be written")

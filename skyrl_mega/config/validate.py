@@ -1,8 +1,9 @@
 """Whether a configuration can work here, said before anything heavy is imported.
 
-Four kinds of rules, each in its own file: single numbers (`ranges.py`), settings that go together (`combinations.py`), the
-model's files (`model_files.py`), and what must exist on the machine (`surroundings.py`). What the machine's hardware can run is
-for `skyrl-mega doctor` to say: nothing here imports torch.
+Four kinds of rules: single numbers (`ranges.py`), settings that go together (`combinations.py`), the model's files
+(`model_files.py`), and what must exist on the machine (`surroundings.py`). Those of single sections are in files of their own, as
+`lora_rules.py`; `rules.py` lists them all. What the machine's hardware can run is for `skyrl-mega doctor` to say: nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from skyrl_mega.config.build import numbered
-from skyrl_mega.config.combinations import COMBINATIONS
 from skyrl_mega.config.model_files import inspect_model
 from skyrl_mega.config.ranges import range_problems
 from skyrl_mega.config.rule import Facts
+from skyrl_mega.config.rules import ALL_COMBINATIONS, ALL_SURROUNDINGS
 from skyrl_mega.config.schema import Config
-from skyrl_mega.config.surroundings import SURROUNDINGS
 from skyrl_mega.errors import ConfigError
 
 
@@ -44,12 +44,16 @@ def find_problems(
         )
     problems = list(range_problems(config))
     warnings: list[str] = []
-    model = None
+    model = critic = None
     if check_files:
         model, model_problems = inspect_model(Path(config.model.path))
         problems.extend(model_problems)
-    facts = Facts(world_size=world_size, model=model)
-    for rule in (*COMBINATIONS, *(SURROUNDINGS if check_files and check_surroundings else ())):
+        if config.critic.path:
+            critic, critic_problems = inspect_model(Path(config.critic.path), "critic.path", needs_tokenizer=False)
+            problems.extend(critic_problems)
+    facts = Facts(world_size=world_size, model=model, critic=critic)
+    surroundings = ALL_SURROUNDINGS if check_files and check_surroundings else ()
+    for rule in (*ALL_COMBINATIONS, *surroundings):
         for message, is_warning in rule.messages(config, facts):
             (warnings if is_warning else problems).append(message)
     return problems, warnings

@@ -5,15 +5,18 @@ Each check is a function of the machine and (where settings were given) the conf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 
+from skyrl_mega.config.placement import resolve_placement
 from skyrl_mega.config.schema import Config
 from skyrl_mega.config.surroundings import TRACKER_PACKAGES, is_installed
 from skyrl_mega.launch.machine import DISTRIBUTION, Gpu, Machine
+from skyrl_mega.rewards.check import find_problem
 
 _GIB = 2**30
 #: Peak resident memory of the quickstart is about 7 GB.
@@ -168,17 +171,13 @@ def megatron_core(machine: Machine, config: Config) -> Check:
     return _versioned(machine, "megatron-core")
 
 
-def mbridge(machine: Machine, config: Config) -> Check:
-    return _versioned(machine, "mbridge")
-
-
 def transformers(machine: Machine, config: Config) -> Check:
     return _versioned(machine, "transformers")
 
 
 def other_dependencies(machine: Machine, config: Config) -> Check:
     """The remaining hard dependencies in one row: only those that do not fit are named."""
-    shown = {"torch", "megatron-core", "mbridge", "transformers"}
+    shown = {"torch", "megatron-core", "transformers"}
     names = [name for name, pin in machine.pins.items() if not pin.extra and name not in shown]
     wrong = [f"{name} ({row.found})" for name in names if (row := _versioned(machine, name)).status == "fail"]
     if wrong:
@@ -229,15 +228,21 @@ def rollout_engine(machine: Machine, config: Config) -> Check:
     name = machine.vllm_distribution
     if name is None:
         return Check("backends", "rollout engine", "fail", "none", f"Install vLLM. {_SET_UP_AGAIN}")
+    engines = config.rollout.num_engines + len(config.rollout.external_urls)
     place = {
-        "auto": "in the trainer's process (a child process under torchrun)",
         "in_process": "in the trainer's process",
         "child_process": "in a child process",
-    }[config.rollout.placement]
+        "ray": f"{engines} engine{'s' if engines != 1 else ''} on Ray",
+    }[resolve_placement(config, int(os.environ.get("WORLD_SIZE", "1")))]
     return Check("backends", "rollout engine", "ok", f"vLLM {machine.versions[name]}, {config.rollout.dtype}, {place}")
 
 
 def weight_transport(machine: Machine, config: Config) -> Check:
+    asked = config.rollout.weight_transport
+    if asked in ("nccl", "cuda_ipc") and _device(machine, config) != "cuda":
+        return Check("backends", "weight transport", "fail", f"{asked}, which needs CUDA", "Set rollout.weight_transport=auto.")
+    if asked not in ("auto", "shm"):
+        return Check("backends", "weight transport", "ok", f"{asked}, buckets of {config.rollout.weight_bucket_mib} MiB")
     if machine.shm_free_bytes is None:
         return Check("backends", "weight transport", "fail", "none", "Mount a tmpfs at /dev/shm.")
     return Check(
@@ -291,10 +296,19 @@ def trackers(machine: Machine, config: Config) -> Check:
     return Check("backends", "trackers", "ok", found)
 
 
+def rewards(machine: Machine, config: Config) -> Check:
+    """What a trajectory's reward is mixed from. Functions are imported, servers asked one short question."""
+    reward = config.reward
+    found = " + ".join((f"{reward.env_weight:g} env", *(f"{term.weight:g} {term.name} ({term.kind})" for term in reward.terms)))
+    if problems := [problem for term in reward.terms if (problem := find_problem(term))]:
+        return Check("backends", "rewards", "fail", " ".join((f"{found};", *problems)))
+    return Check("backends", "rewards", "ok", found)
+
+
 CHECKS: tuple[CheckFunction, ...] = (
     *(python, cores, memory, gpus, shared_memory, disk, compilers),
-    *(project, torch, vllm, megatron_core, mbridge, transformers, other_dependencies, accelerators, extensions),
-    *(device, attention, rollout_engine, weight_transport, kernels, trackers),
+    *(project, torch, vllm, megatron_core, transformers, other_dependencies, accelerators, extensions),
+    *(device, attention, rollout_engine, weight_transport, kernels, rewards, trackers),
 )
 
 _ATTENTION_WORDS = {

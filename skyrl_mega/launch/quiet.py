@@ -15,9 +15,8 @@ _NOTES = (
     (FutureWarning, r"torch\."),
     (FutureWarning, r"vllm\."),
     (UserWarning, r"megatron\.core\."),
-    (UserWarning, r"mbridge\."),
     (FutureWarning, r"megatron\."),
-    (DeprecationWarning, r"(torch|vllm|megatron|mbridge|transformers)\."),
+    (DeprecationWarning, r"(torch|vllm|megatron|transformers)\."),
 )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +14,33 @@ from skyrl_mega.checkpoint import store
 from skyrl_mega.checkpoint.resume import checkpoint_to_resume
 from skyrl_mega.checkpoint.saver import Checkpointer
 from skyrl_mega.config.load import load_saved, save_resolved
-from skyrl_mega.config.schema import Config, as_dict
+from skyrl_mega.config.lora_rules import syncs_adapter
+from skyrl_mega.config.placement import resolve_placement
+from skyrl_mega.config.schema import Config, WarmupConfig, as_dict
+from skyrl_mega.data.ledger_file import FILE_NAME as LEDGER_FILE
 from skyrl_mega.orchestration.recorder import Recorder
+from skyrl_mega.orchestration.rollout_assembly import make_source, make_task_sources, start_rollout
 from skyrl_mega.orchestration.summary import FILE_NAME as SUMMARY_FILE
 from skyrl_mega.orchestration.summary import show_summary, write_summary
+from skyrl_mega.rewards.check import check_rewards
 from skyrl_mega.types import Metrics, TrainState
+
+#: Seconds between two looks at how far an evaluation of its own is.
+EVALUATION_PATIENCE_S = 0.5
+
+#: Settings that say nothing of what is sampled, or trained on it.
+_NOT_OF_TRAJECTORIES = (
+    *("telemetry.", "checkpoint.", "evaluation.", "parallel."),
+    *("trainer.max_steps", "trainer.run_dir", "trainer.record_steps", "trainer.threads", "trainer.device"),
+)
 
 if TYPE_CHECKING:
     from skyrl_mega.orchestration.loop import Parts
-    from skyrl_mega.orchestration.producer import Producer
+    from skyrl_mega.orchestration.rollout_host import RolloutHost
     from skyrl_mega.parallel.topology import Topology
-    from skyrl_mega.protocols import PromptSource, RolloutEngine
-    from skyrl_mega.rollout.vllm_engine import VLLMEngine
+    from skyrl_mega.protocols import WeightReceiver, WeightSource
     from skyrl_mega.training.policy import Policy
+    from skyrl_mega.weights.fleet_sink import FleetSink
 
 
 def run_training(config: Config) -> dict[str, Any]:
@@ -32,19 +48,28 @@ def run_training(config: Config) -> dict[str, Any]:
 
     Returns the summary (rank 0; {} elsewhere) that is also written to run_dir/summary.json.
     """
+    from skyrl_mega.algorithms.check import check_algorithm
+    from skyrl_mega.orchestration.teacher import check_teacher
+
     began = time.perf_counter()
     run_dir = Path(config.trainer.run_dir)
+    check_algorithm(config.algorithm)
+    check_teacher(config)
     with ExitStack() as stack:
         topology = join_ranks(config, stack)
         notes: list[str] = []
         checkpoint = checkpoint_to_resume(config.trainer.run_dir, config.checkpoint, topology, warn=notes.append)
-        start_step = store.read_state(checkpoint)[0].step if checkpoint is not None else 0
+        start_step = _start_step(config, checkpoint)
         recorder = Recorder(
             config, rank=topology.rank, num_ranks=topology.world_size, start_step=start_step, on_phase=topology.enter
         )
         stack.callback(recorder.close)
         if topology.rank == 0:
-            for line in [*notes, *_save_config(config, run_dir)]:
+            changes = changed_settings(config, run_dir)
+            if start_step == 0:
+                notes += _set_aside_ledger(run_dir, changes)
+            save_resolved(config, run_dir / "config.yaml")
+            for line in [*notes, *(changes or {}).values()]:
                 recorder.note(line)
         # Without a summary the last run died between its last checkpoint and its end: what is missing is made up for below.
         if start_step >= config.trainer.max_steps and (run_dir / SUMMARY_FILE).is_file():
@@ -59,6 +84,10 @@ def run_training(config: Config) -> dict[str, Any]:
         if config.checkpoint.export_hf:
             with recorder.status(f"writing the model to {run_dir / 'hf'}"):
                 parts.policy.save_hf(str(run_dir / "hf"))
+                if config.lora.rank > 0:
+                    parts.policy.save_adapter(str(run_dir / "lora"))
+                if parts.critic is not None:
+                    parts.critic.save_hf(str(run_dir / "hf_critic"))
         if topology.rank != 0:
             return {}
         summary = write_summary(config, state, startup_s=startup_s, implementation=_implementation(parts))
@@ -67,42 +96,51 @@ def run_training(config: Config) -> dict[str, Any]:
         return summary
 
 
-def run_evaluation(config: Config, *, checkpoint: str | None = None) -> Metrics:
-    """Greedy accuracy on the held-out prompts, of the model at `model.path` or of a checkpoint of the run. One process.
+def run_evaluation(config: Config, *, checkpoint: str | None = None, output: Path | None = None) -> Metrics:
+    """Results on held-out prompts of all tasks, of the model at `model.path` or of a checkpoint of the run. One process.
 
-    `checkpoint`: latest, best, a step, or a path. Prints and returns the numbers.
+    `checkpoint`: latest, best, a step, or a path. Prints the numbers, writes them with every sample to `output` (None:
+    run_dir/evaluations/<the model's or checkpoint's name>), and returns them.
     """
-    from skyrl_mega.weights.publish import publish
+    from transformers import AutoTokenizer
 
-    config = replace(config, telemetry=replace(config.telemetry, trackers=(), trace=False))
+    from skyrl_mega.orchestration.evaluation_report import show_progress, show_results, write_results
+
+    config = replace(
+        config,
+        telemetry=replace(config.telemetry, trackers=(), trace=False),
+        warmup=WarmupConfig(),
+        trainer=replace(config.trainer, max_staleness=0),
+    )
     path = store.find_checkpoint(config.trainer.run_dir, checkpoint) if checkpoint is not None else None
+    make_source(config)
+    make_task_sources(config)
+    check_rewards(config)
     with ExitStack() as stack:
         topology = join_ranks(config, stack)
         from skyrl_mega.telemetry.progress import StepDisplay
 
         display = StepDisplay(1, "lines")
-        source = _make_source(config)
-        if path is not None:
-            with display.status(f"loading {path}"):
-                exporter = _checkpoint_exporter(config, topology, path)
+        weights = None
+        if path is not None or config.lora.path:
+            with display.status(f"loading {path or config.lora.path}"):
+                weights = _weights_of(config, topology, path)
+        # An evaluation trains nothing: its ledger stays empty, and apart from the run's.
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
         with display.status("starting vLLM"):
-            engine = _start_engine(config, topology, stack)
-        if path is not None:
-            import torch
-
-            sink = engine.weight_sink()
-            version = store.read_state(path)[0].policy_version
-            publish(
-                exporter,
-                sink,
-                version,
-                getattr(torch, config.rollout.dtype),
-                bucket_bytes=config.rollout.weight_bucket_mib * 2**20,
-            )
-        with display.status(f"answering {config.evaluation.num_prompts} held-out prompts"):
-            metrics = _make_producer(config, source, engine).evaluate(config.evaluation.num_prompts)
-        for name, value in metrics.items():
-            display.note(f"{name:<22} {value:.4g}")
+            rollout = start_rollout(config, topology, policy_version=0, ledger_path=Path(scratch) / LEDGER_FILE, stack=stack)
+        if weights is not None:
+            version = 0 if path is None else store.read_state(path)[0].policy_version
+            _push_once(config, topology, weights, rollout, version)
+        rollout.call("begin_evaluation", config.evaluation.num_prompts, timeout_s=config.parallel.timeout_s)
+        patience = partial(rollout.call, "evaluated", patience_s=EVALUATION_PATIENCE_S, timeout_s=config.parallel.timeout_s)
+        results = show_progress(patience)
+        show_results(config, results)
+        evaluated = Path(config.model.path) if path is None else path
+        directory = output or Path(config.trainer.run_dir) / "evaluations" / evaluated.name
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        metrics = write_results(config, results, directory, model=str(evaluated), tokenizer=tokenizer)
+        display.note(f"every number and sample: {directory}")
         return metrics
 
 
@@ -110,43 +148,88 @@ def _assemble(config: Config, topology: Topology, recorder: Recorder, checkpoint
     import torch
 
     from skyrl_mega.checkpoint import state as checkpoint_state
-    from skyrl_mega.orchestration.loop import Parts, push_weights
+    from skyrl_mega.orchestration.loop import Parts
+    from skyrl_mega.orchestration.served_teacher import ServedTeacher, check_served_teacher
+    from skyrl_mega.orchestration.warmup import read_demonstrations
+    from skyrl_mega.training.critic import Critic
     from skyrl_mega.training.policy import Policy
-    from skyrl_mega.training.reference import ReferenceModel
+    from skyrl_mega.training.reference import ReferenceModel, make_reference
 
-    # Prompts first: whatever is wrong with them is found before any model is loaded.
-    source = _make_source(config) if topology.rank == 0 else None
+    # Prompts and rewards first: whatever is wrong with them is found before any model is loaded.
+    if topology.rank == 0:
+        make_source(config)
+        make_task_sources(config)
+        check_rewards(config)
+    is_begun = checkpoint is not None and store.read_state(checkpoint)[0].step > 0
+    demonstrations = [] if is_begun else read_demonstrations(config)
     with recorder.status(f"loading {config.model.path} into Megatron-Core"):
         policy = Policy.from_hf(config, topology)
-        reference = ReferenceModel(config, topology) if config.algorithm.kl.coef > 0.0 else None
+        reference = make_reference(config, topology, policy)
+        critic = Critic.from_hf(config, topology) if _has_critic(config) else None
+    teacher: ReferenceModel | ServedTeacher | None = None
+    if config.teacher.url:
+        teacher = ServedTeacher(config, topology)
+        if topology.rank == 0:
+            with recorder.status(f"asking the teacher at {config.teacher.url}"):
+                check_served_teacher(config, policy.vocab_size)
+    elif config.teacher.path:
+        with recorder.status(f"loading the teacher {config.teacher.path}"):
+            teacher = ReferenceModel(config, topology, config.teacher.path)
     parts = Parts(
         config=config,
         topology=topology,
         policy=policy,
         reference=reference,
+        teacher=teacher,
+        demonstrations=demonstrations,
         recorder=recorder,
         state=TrainState(0, 0, {}, num_trained_groups=0, num_optimizer_steps=0),
         engine_dtype=getattr(torch, config.rollout.dtype),
         share_prompts=shares_prompts(config, policy),
-        checkpointer=_make_checkpointer(config, topology, recorder, stack),
+        syncs_adapter=syncs_adapter(config),
+        checkpointer=make_checkpointer(config, topology, recorder, stack),
+        critic=critic,
     )
     if checkpoint is not None:
         with recorder.status(f"resuming from {checkpoint}"):
-            parts.state = checkpoint_state.load(checkpoint, policy, topology)
-    if source is not None:
-        if checkpoint is not None:
-            source.load_state_dict(parts.state.prompt_source)
+            parts.state = checkpoint_state.load(checkpoint, policy, topology, critic=critic)
+    if topology.rank == 0:
         with recorder.status("starting vLLM"):
-            engine = _start_engine(config, topology, stack)
-        parts.engine, parts.sink = engine, engine.weight_sink()
-        parts.producer = _make_producer(config, source, engine)
+            parts.rollout = start_rollout(
+                config,
+                topology,
+                policy_version=parts.state.policy_version,
+                ledger_path=Path(config.trainer.run_dir) / LEDGER_FILE,
+                stack=stack,
+            )
+        parts.sink = _make_sink(config, topology, parts.receivers, stack)
+        found = parts.rollout.call(
+            "resume", parts.state.step, parts.state.prompt_source, timeout_s=config.rollout.start_timeout_s
+        )
+        if found:
+            recorder.note(found)
     topology.barrier("start-up")
-    if parts.state.policy_version > 0:
-        push_weights(parts, parts.state.policy_version)
     return parts
 
 
-def _make_checkpointer(config: Config, topology: Topology, recorder: Recorder, stack: ExitStack) -> Checkpointer:
+def _start_step(config: Config, checkpoint: Path | None) -> int:
+    """The step that the checkpoint to go on from was saved after. Raises CheckpointError where the run can't go on from it."""
+    if checkpoint is None:
+        return 0
+    from skyrl_mega.checkpoint.state import require_critic
+
+    state, _ = store.read_state(checkpoint)
+    require_critic(checkpoint, state, has_critic=_has_critic(config))
+    return state.step
+
+
+def _has_critic(config: Config) -> bool:
+    from skyrl_mega.algorithms.advantages import needs
+
+    return "values" in needs(config.algorithm)
+
+
+def make_checkpointer(config: Config, topology: Topology, recorder: Recorder, stack: ExitStack) -> Checkpointer:
     """The run's checkpointer; however the run ends, a save in flight is completed first."""
     settings = config.checkpoint
     retention = store.Retention(settings.keep_last, settings.keep_best, settings.best_metric, settings.best_is)
@@ -175,69 +258,87 @@ def shares_prompts(config: Config, policy: Policy) -> bool:
 def join_ranks(config: Config, stack: ExitStack) -> Topology:
     """This rank's place in the layout of `config.parallel`, left when `stack` closes."""
     from skyrl_mega.parallel.device import resolve_device, set_threads
+    from skyrl_mega.parallel.kernel_cache import keep_few_kernels
     from skyrl_mega.parallel.topology import init_topology
 
     set_threads(config.trainer.threads)
-    topology = init_topology(config.parallel, resolve_device(config.trainer.device), seed=config.trainer.seed)
+    device = resolve_device(config.trainer.device)
+    if device.type == "cpu":
+        keep_few_kernels()
+    topology = init_topology(config.parallel, device, seed=config.trainer.seed)
     stack.callback(topology.destroy)
     return topology
 
 
-def _start_engine(config: Config, topology: Topology, stack: ExitStack) -> VLLMEngine:
-    from skyrl_mega.rollout.vllm_engine import VLLMEngine
+def _make_sink(config: Config, topology: Topology, receivers: list[WeightReceiver], stack: ExitStack) -> FleetSink:
+    """The way weights take to the engines that `receivers` holds at the time of a push."""
+    from skyrl_mega.rollout.transport.choose import make_transport, resolve_transport
+    from skyrl_mega.weights.fleet_sink import FleetSink
 
-    placement = config.rollout.placement
-    engine = VLLMEngine.start(
-        config.rollout,
-        model_path=config.model.path,
-        seed=config.trainer.seed,
-        threads=config.trainer.threads,
-        in_process=topology.world_size == 1 if placement == "auto" else placement == "in_process",
+    rollout = config.rollout
+    name = resolve_transport(
+        rollout,
         device=topology.device.type,
+        in_process=resolve_placement(config, topology.world_size) == "in_process",
+        one_machine=rollout.colocated and not rollout.external_urls,
+        trainer_ranks=topology.world_size,
     )
-    stack.callback(engine.close)
-    return engine
+    transport = make_transport(name, delta=rollout.weight_delta, timeout_s=rollout.request_timeout_s, host=_own_address(config))
+    sink = FleetSink(lambda: receivers, transport, timeout_s=rollout.request_timeout_s)
+    stack.callback(sink.close)
+    return sink
 
 
-def _make_source(config: Config) -> PromptSource:
-    from skyrl_mega.data.prompts import make_prompt_source
-    from skyrl_mega.envs.registry import get_env_class
+def _own_address(config: Config) -> str:
+    """Where engines reach this machine: on itself, or over the network of the Ray cluster."""
+    if config.rollout.colocated:
+        return "127.0.0.1"
+    import ray
 
-    return make_prompt_source(config, get_env_class(config.env.name))
-
-
-def _make_producer(config: Config, source: PromptSource, engine: RolloutEngine) -> Producer:
-    from transformers import AutoTokenizer
-
-    from skyrl_mega.agents.turn_loop import AgentRunner
-    from skyrl_mega.envs.registry import make_env
-    from skyrl_mega.orchestration.buffer import TrajectoryBuffer
-    from skyrl_mega.orchestration.producer import Producer
-
-    runner = AgentRunner(
-        engine,
-        AutoTokenizer.from_pretrained(config.model.path),
-        lambda: make_env(config.env.name, config.env.options),
-        rollout=config.rollout,
-        env=config.env,
-        seed=config.trainer.seed,
-    )
-    return Producer(source, runner, TrajectoryBuffer(config.trainer.max_staleness), config.trainer)
+    return ray.util.get_node_ip_address()
 
 
-def _save_config(config: Config, run_dir: Path) -> list[str]:
-    """Writes run_dir/config.yaml; returns a line for each setting that differs from the run's earlier part."""
+def _push_once(config: Config, topology: Topology, source: WeightSource, rollout: RolloutHost, version: int) -> None:
+    """Publishes a checkpoint's weights to the engines."""
+    import torch
+
+    from skyrl_mega.weights.publish import publish
+
+    timeout_s = config.parallel.timeout_s
+    with ExitStack() as stack:
+        receivers = rollout.call("receivers", timeout_s=timeout_s)
+        sink = _make_sink(config, topology, receivers, stack)
+        dtype = getattr(torch, config.rollout.dtype)
+        published = publish(source, sink, version, dtype, bucket_bytes=config.rollout.weight_bucket_mib * 2**20)
+        served = [receiver.name for receiver in receivers if receiver.name not in published.failed]
+        rollout.call("serve", version, served, timeout_s=timeout_s)
+
+
+def changed_settings(config: Any, run_dir: Path) -> dict[str, str] | None:
+    """A line for each setting that differs from the run's earlier part, by its key; None if nothing says what those were."""
     path = run_dir / "config.yaml"
-    lines = []
-    if path.is_file():
-        earlier, now = _flat(as_dict(load_saved(path))), _flat(as_dict(config))
-        lines = [
-            f"changed since this run began: {key} was {earlier.get(key)!r}, is {now[key]!r}"
-            for key in now
-            if earlier.get(key) != now[key]
-        ]
-    save_resolved(config, path)
-    return lines
+    if not path.is_file():
+        return None
+    earlier, now = _flat(as_dict(load_saved(path))), _flat(as_dict(config))
+    return {
+        key: f"changed since this run began: {key} was {earlier.get(key)!r}, is {now[key]!r}"
+        for key in now
+        if earlier.get(key) != now[key]
+    }
+
+
+def _set_aside_ledger(run_dir: Path, changes: dict[str, str] | None) -> list[str]:
+    """Keeps the ledger of an earlier run that left no checkpoint under a dated name, where its trajectories are another run's.
+
+    That is what they are if they were sampled under other settings; with equal ones this run goes on with them. Returns a line on
+    what was done. Raises LedgerError if another process writes the ledger.
+    """
+    from skyrl_mega.data.ledger_file import set_aside
+
+    path = run_dir / LEDGER_FILE
+    if not path.is_file() or (changes is not None and all(key.startswith(_NOT_OF_TRAJECTORIES) for key in changes)):
+        return []
+    return [f"the ledger of an earlier run, sampled under other settings, is now {set_aside(path)}"]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -247,14 +348,20 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _checkpoint_exporter(config: Config, topology: Topology, path: Path) -> Any:
+def _weights_of(config: Config, topology: Topology, checkpoint: Path | None) -> WeightSource:
+    """What engines get to serve a checkpoint; None: the adapter of `lora.path`."""
     from skyrl_mega.checkpoint.state import load_model
-    from skyrl_mega.models.build import build_model
-    from skyrl_mega.models.hf_io import HFExporter
+    from skyrl_mega.models import lora_weights
 
-    chunks = build_model(config, topology)
-    load_model(path, chunks)
-    return HFExporter(chunks, config.model.path, topology)
+    chunks = lora_weights.build_to_load(config, topology)
+    if checkpoint is not None:
+        load_model(checkpoint, chunks)
+    else:
+        lora_weights.load_adapter(chunks[0].adapters, chunks[0].adapters.active, config.lora.path)
+    if syncs_adapter(config):
+        adapters = chunks[0].adapters
+        return lora_weights.AdapterSource(lora_weights.AdapterWeights(adapters, adapters.active))
+    return lora_weights.make_exporter(chunks, config.model.path, topology)
 
 
 def _implementation(parts: Parts) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 
 from skyrl_mega.algorithms.kl import KL_ESTIMATORS
 from skyrl_mega.algorithms.policy_losses import POLICY_LOSSES, LossInputs
+from skyrl_mega.algorithms.sequences import Sequences
 from skyrl_mega.types import Metrics
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Tolerance:
 TOLERANCES = {"float32": Tolerance(1e-4, 1e-4, 1e-3), "bfloat16": Tolerance(0.25, 0.05, 0.1)}
 
 GRAD_NORM = "update/grad_norm"
-_STATISTICS = ("loss/", "policy/", "mismatch/")
+_STATISTICS = ("loss/", "policy/", "mismatch/", "off_policy/")
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,14 @@ def _numbers(config: Config, inputs: UpdateInputs, logprobs: Rows, index: int) -
         advantages=sample.advantages,
         loss_mask=sample.loss_mask,
         ref_logprobs=given.get("reference logprob"),
+        sequences=Sequences.packed(torch.tensor([0, sample.num_tokens])),
+        marked=None if sample.marked is None else sample.marked > 0,
     )
-    computed = {"logprob": now, "policy loss": POLICY_LOSSES[config.algorithm.policy_loss](loss_inputs, config.algorithm)[0]}
-    if config.algorithm.kl.coef > 0.0:
+    computed = {"logprob": now}
+    entry = POLICY_LOSSES.find(config.algorithm.policy_loss)
+    if not entry.traits["needs"]:
+        computed["policy loss"] = entry.bind(config.algorithm.loss_options, "algorithm.loss_options")(loss_inputs)[0]
+    if config.algorithm.kl.coef > 0.0 and "reference logprob" in given:
         estimator = KL_ESTIMATORS[config.algorithm.kl.estimator]
         computed["KL term"] = estimator(now, given["reference logprob"], sample.loss_mask)
     return given | computed

@@ -16,6 +16,7 @@ from skyrl_mega.orchestration.assemble import shares_prompts
 from skyrl_mega.orchestration.comparison import Comparison
 from skyrl_mega.orchestration.loop import pack
 from skyrl_mega.orchestration.step_recorder import gather_rows
+from skyrl_mega.orchestration.teacher import wants_topk
 from skyrl_mega.types import Metrics, TrainSample
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class LayoutResult:
 def run_updates(config: Config, topology: Topology, updates: Sequence[list[TrainSample]]) -> LayoutResult:
     """The updates from the weights of `config.model.path`. *All ranks.*"""
     from skyrl_mega.training.policy import Policy
+    from skyrl_mega.training.reference import forward_topk
 
     policy = Policy.from_hf(config, topology)
     logprobs, metrics = [], []
@@ -67,6 +69,12 @@ def run_updates(config: Config, topology: Topology, updates: Sequence[list[Train
         if config.algorithm.kl.coef > 0.0:
             for micro_batch, values_T in zip(batch.micro_batches, values, strict=True):
                 micro_batch.ref_logprobs = 0.9 * values_T  # any reference will do, if it is the same one everywhere
+        if wants_topk(config.algorithm):
+            k = max(config.teacher.topk, 1)
+            found = forward_topk(policy.chunks, batch, config, topology, k, vocab_size=policy.vocab_size)
+            for micro_batch, (ids_TK, logprobs_TK) in zip(batch.micro_batches, found, strict=True):
+                # Any teacher will do: here one that likes the policy's tokens in the opposite order.
+                micro_batch.teacher_topk_ids, micro_batch.teacher_topk_logprobs = ids_TK, logprobs_TK.flip(-1)
         logprobs.append(gather_rows(values, batch, computed, topology))
         metrics.append(policy.train_step(batch))
     weights = {name: value.clone() for name, value in policy.iter_weights(torch.float32) if topology.is_main}

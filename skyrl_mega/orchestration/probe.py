@@ -10,8 +10,8 @@ from skyrl_mega.types import Metrics, TrainSample
 
 if TYPE_CHECKING:
     from skyrl_mega.config.schema import Config
+    from skyrl_mega.orchestration.rollout_host import RolloutHost
     from skyrl_mega.parallel.topology import Topology
-    from skyrl_mega.protocols import RolloutEngine
     from skyrl_mega.training.policy import Policy
     from skyrl_mega.types import TrajectoryGroup
 
@@ -21,7 +21,7 @@ NUM_SEQUENCES = 8
 
 
 def probe_engine(
-    policy: Policy, engine: RolloutEngine | None, groups: list[TrajectoryGroup], config: Config, topology: Topology
+    policy: Policy, rollout: RolloutHost | None, groups: list[TrajectoryGroup], config: Config, topology: Topology
 ) -> Metrics:
     """`probe/logprob_diff_mean` and `_max` over a few whole sequences, at temperature 1. All ranks call.
 
@@ -29,10 +29,12 @@ def probe_engine(
     """
     import torch
 
-    from skyrl_mega.training.policy import packing_multiples
+    from skyrl_mega.training.schedule import packing_multiples
 
     trajectories = [trajectory for group in groups for trajectory in group.trajectories][:: max(1, len(groups))][:NUM_SEQUENCES]
-    scored = engine.score([list(t.token_ids) for t in trajectories]) if engine is not None else None
+    scored = None
+    if rollout is not None:
+        scored = rollout.call("score", [list(t.token_ids) for t in trajectories], timeout_s=config.parallel.timeout_s)
     scored = topology.broadcast_object(scored, phase="probe")
     samples = [_all_tokens(index, t.token_ids) for index, t in enumerate(trajectories)]
     batch = balance_and_pack(

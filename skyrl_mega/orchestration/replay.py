@@ -33,6 +33,7 @@ from skyrl_mega.orchestration.comparison import (
 )
 from skyrl_mega.orchestration.loop import pack
 from skyrl_mega.orchestration.step_recorder import gather_objects, gather_rows
+from skyrl_mega.orchestration.teacher import fill_teacher_topk, wants_topk
 from skyrl_mega.types import Metrics, TrainBatch
 
 if TYPE_CHECKING:
@@ -124,17 +125,29 @@ def _replay_config(path: Path, numbers: Sequence[int], recorded: Config, overrid
 
 
 def _with_weights(config: Config, path: Path, number: int) -> Config:
-    return replace(config, model=replace(config.model, path=str(steps.weights_dir(path, number))))
+    weights = steps.weights_dir(path, number)
+    adapter = weights / "lora"
+    return replace(
+        config,
+        model=replace(config.model, path=str(weights)),
+        lora=replace(config.lora, path=str(adapter) if adapter.is_dir() else ""),
+    )
 
 
 def _replay_update(
     path: Path, record: RecordedStep, number: int, config: Config, topology: Topology, allowed: Tolerance
 ) -> UpdateReplay:
     from skyrl_mega.training.policy import Policy
+    from skyrl_mega.training.reference import ReferenceModel
 
     inputs = steps.read_inputs(path, number)
     policy = Policy.from_hf(_with_weights(config, path, number), topology)
+    if config.algorithm.kl.target > 0:
+        policy.kl_coef = record.surroundings.get("kl_coef")
     batch = _pack(config, topology, inputs, share_prompts=shares_prompts(config, policy))
+    # A teacher never changes: what it said then, it says now.
+    teacher = ReferenceModel(config, topology, config.teacher.path) if wants_topk(config.algorithm) else None
+    fill_teacher_topk(teacher, [batch], config, vocab_size=policy.vocab_size)
     logprobs = gather_rows(policy.compute_logprobs(batch), batch, inputs.samples, topology)
     metrics: Metrics = {}
     error = ""
@@ -152,7 +165,7 @@ def _replay_update(
         recorded_error=record.error if failed else "",
         replayed_error=error,
         non_finite=non_finite,
-        bad_tensors=_bad_tensors(policy, topology) if error or non_finite else [],
+        bad_tensors=bad_tensors(policy, topology) if error or non_finite else [],
     )
 
 
@@ -181,14 +194,14 @@ def _places(batch: TrainBatch, topology: Topology) -> dict[int, tuple[int, int]]
     return {index: place for part in gather_objects(mine, topology) for index, place in part.items()}
 
 
-def _bad_tensors(policy: Policy, topology: Topology) -> list[str]:
+def bad_tensors(policy: Policy, topology: Topology) -> list[str]:
     """Weights that hold a NaN or infinity; where none does, gradients that do. All ranks."""
     weights = [name for name, value in policy.iter_weights(torch.float32) if not bool(value.isfinite().all())]
     gradients = [
         f"gradient of {name}"
         for chunk in policy.chunks
         for name, parameter in chunk.named_parameters()
-        if not bool(parameter.main_grad.isfinite().all())
+        if parameter.requires_grad and not bool(parameter.main_grad.isfinite().all())
     ]
     everyone = [name for part in gather_objects(gradients, topology) for name in part]
     return weights or list(dict.fromkeys(everyone))

@@ -112,13 +112,17 @@ def bench_main(
     rate_unit: str,
     clock: Literal["cpu", "wall"] = "cpu",
     description: str = "",
+    repeats: int = 3,
     argv: Sequence[str] | None = None,
 ) -> list[BenchRecord]:
-    """The command line of a bench: measures the variants in order, prints a table, writes records with `--json FILE`."""
+    """The command line of a bench: measures the variants in order, prints a table, writes records with `--json FILE`.
+
+    `repeats`: timed repetitions of each variant, unless `--repeats` says otherwise.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there as a JSON list")
     parser.add_argument("--only", metavar="NAME", help="measure only the variants of this name (and their limits)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions of each variant (default 3); medians are kept")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed repetitions of each variant; medians are kept")
     args = parser.parse_args(argv)
 
     wanted = {v.name for v in variants if args.only in (None, v.name)}

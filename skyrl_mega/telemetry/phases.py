@@ -62,22 +62,45 @@ class TraceWriter:
     chrome://tracing and Perfetto as it is, and `close` makes it standard JSON.
     """
 
-    def __init__(self, path: str | Path, *, rank: int = 0):
+    def __init__(self, path: str | Path, *, rank: int = 0, process: str = ""):
+        """`process`: the writer's name where it is no trainer rank; it may write events of other processes too."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _whole_events(path)
         self._file = path.open("w", encoding="utf-8")
         self._file.write("[\n" + ",\n".join(kept))
         self._separator = ",\n" if kept else ""
-        self._rank = rank
         # Wall-clock microseconds, so that the runs before and after a resume follow each other.
         self._epoch_us = time.time() * 1e6 - time.perf_counter() * 1e6
-        if not kept:
-            self._write({"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
+        introduced = [json.loads(event) for event in kept if '"process_name"' in event]
+        self._processes: dict[str, int] = {event["args"]["name"]: event["pid"] for event in introduced}
+        self._own = process or f"rank {rank}"
+        self._pid(self._own, rank)
         self._file.flush()
 
-    def complete(self, name: str, *, seconds: float, args: dict[str, Any] | None = None) -> None:
-        """An event that ends now and began `seconds` ago."""
+    def _pid(self, process: str, pid: int | None = None) -> int:
+        """The number of a process; a new one is introduced to the reader."""
+        if process not in self._processes:
+            self._processes[process] = len(self._processes) if pid is None else pid
+            metadata = {"ph": "M", "pid": self._processes[process], "tid": 0, "args": {"name": process}}
+            self._write({"name": "process_name", **metadata})
+        return self._processes[process]
+
+    def counter(self, name: str, values: dict[str, float]) -> None:
+        """A point of a curve, now."""
+        now_us = self._epoch_us + time.perf_counter() * 1e6
+        self._write({"name": name, "ph": "C", "ts": round(now_us, 1), "pid": self._pid(self._own), "args": values})
+
+    def complete(
+        self,
+        name: str,
+        *,
+        seconds: float,
+        args: dict[str, Any] | None = None,
+        process: str = "",
+        lane: int | None = None,
+    ) -> None:
+        """An event that ends now and began `seconds` ago, of the writer or of `process`, in the thread's lane or in `lane`."""
         duration_us = seconds * 1e6
         start_us = self._epoch_us + time.perf_counter() * 1e6 - duration_us
         self._write(
@@ -87,8 +110,8 @@ class TraceWriter:
                 "ph": "X",
                 "ts": round(start_us, 1),
                 "dur": round(duration_us, 1),
-                "pid": self._rank,
-                "tid": threading.get_native_id() % 2**31,
+                "pid": self._pid(process or self._own),
+                "tid": threading.get_native_id() % 2**31 if lane is None else lane,
                 "args": args or {},
             }
         )

@@ -1,9 +1,11 @@
-"""The picture of a run: training reward per step and held-out accuracy, from `metrics.jsonl`."""
+"""The picture of a run, from `metrics.jsonl`: reward and held-out accuracy, or training curves and held-out ones."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from skyrl_mega.errors import DataError
@@ -11,6 +13,15 @@ from skyrl_mega.telemetry.metrics import read_metrics
 
 REWARD, ACCURACY = "reward/mean", "eval/accuracy"
 _BLUE, _ORANGE, _INK, _GRID = "#2563a8", "#d1661b", "#333333", "#dddddd"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A panel: a metric of training steps and one of held-out rows (either may be empty), under a label."""
+
+    label: str
+    trained: str = ""
+    held_out: str = ""
 
 
 def plot_rewards(metrics_path: str | Path, out_png: str | Path, *, title: str | None = None) -> Path:
@@ -24,6 +35,30 @@ def plot_rewards(metrics_path: str | Path, out_png: str | Path, *, title: str | 
     rewards, accuracies = _series(rows, REWARD), _series(rows, ACCURACY)
     if not rewards and not accuracies:
         raise DataError(f"{metrics_path} must hold {REWARD} or {ACCURACY} to be plotted; it has {len(rows)} steps with neither.")
+    panels = [
+        (_draw_rewards, rewards),
+        (_draw_accuracies, accuracies),
+    ]
+    return _draw_panels(metrics_path, out_png, [(draw, series) for draw, series in panels if series], title=title)
+
+
+def plot_curves(metrics_path: str | Path, out_png: str | Path, *, curves: Sequence[Curve], title: str | None = None) -> Path:
+    """Writes a PNG with one panel per curve that the metrics hold; returns its path. Raises DataError where they hold none."""
+    rows = read_metrics(metrics_path)
+    panels = []
+    for curve in curves:
+        trained, held_out = (_series(rows, name) if name else [] for name in (curve.trained, curve.held_out))
+        if trained or held_out:
+            panels.append((functools.partial(_draw_curve, curve=curve, held_out=held_out), trained))
+    if not panels:
+        raise DataError(
+            f"{metrics_path} must hold {', '.join(curve.trained or curve.held_out for curve in curves)}; it has none."
+        )
+    return _draw_panels(Path(metrics_path), Path(out_png), panels, title=title)
+
+
+def _draw_panels(metrics_path: Path, out_png: Path, panels: Sequence[tuple[Callable, list]], *, title: str | None) -> Path:
+    """One panel under the other, each drawn by a function of its axis and its points."""
     if title is None:
         title = (metrics_path if metrics_path.is_dir() else metrics_path.resolve().parent).name
 
@@ -31,13 +66,12 @@ def plot_rewards(metrics_path: str | Path, out_png: str | Path, *, title: str | 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [draw for series, draw in ((rewards, _draw_rewards), (accuracies, _draw_accuracies)) if series]
     figure = Figure(figsize=(7.5, 2.7 * len(panels) + 0.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, fontweight="bold", color=_INK)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, draw in zip(axes, panels, strict=True):
-        draw(axis, rewards if draw is _draw_rewards else accuracies)
+    for axis, (draw, points) in zip(axes, panels, strict=True):
+        draw(axis, points)
         axis.grid(axis="y", color=_GRID, linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=_INK, labelsize=9)
@@ -72,6 +106,30 @@ def _draw_rewards(axis, points: list[tuple[int, float]]) -> None:
     axis.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1.0, marker="o", markersize=2.5, label="each step")
     axis.plot(steps, smooth(values), color=_BLUE, linewidth=2.2, label="smoothed")
     axis.set_ylabel("mean reward", fontsize=10, color=_INK)
+    axis.legend(loc="best", fontsize=8, frameon=False)
+
+
+def _draw_curve(axis, points: list[tuple[int, float]], *, curve: Curve, held_out: list[tuple[int, float]]) -> None:
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1.0)
+        axis.plot(steps, smooth(values), color=_BLUE, linewidth=2.0, label="training, smoothed")
+    if held_out:
+        steps, values = zip(*held_out, strict=True)
+        axis.plot(steps, values, color=_ORANGE, linewidth=1.4, marker="o", markersize=5, label="held-out rows")
+        for number, align in ((0, "left"), (-1, "right")):
+            axis.annotate(
+                f"{values[number]:.3f}",
+                (steps[number], values[number]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha=align,
+                fontsize=9,
+                color=_ORANGE,
+                weight="bold",
+            )
+    axis.set_ylabel(curve.label, fontsize=10, color=_INK)
+    axis.margins(y=0.2)
     axis.legend(loc="best", fontsize=8, frameon=False)
 
 

@@ -14,7 +14,6 @@ PACKAGES = (
     "skyrl-mega",
     "torch",
     "megatron-core",
-    "mbridge",
     "transformer-engine",
     "flash-attn",
     "triton",
