@@ -1,14 +1,26 @@
 #!/usr/bin/env bash
-# Installs what is missing and runs every test. Arguments go to pytest: bash scripts/test.sh tests/unit -k packing
+# Installs what is missing and runs every test, half of them beside the other half: most use one core.
+# Arguments go to pytest: bash scripts/test.sh tests/unit -k packing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh
 bin="${SKYRL_MEGA_VENV:-.venv}/bin"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-if [ $# -eq 0 ]; then
-  "$bin/ruff" check .
-  "$bin/ruff" format --check .
-  "$bin/mypy"
-fi
-exec "$bin/python" -m pytest "$@"
+if [ $# -gt 0 ]; then exec "$bin/python" -m pytest "$@"; fi
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+log="$(mktemp)"
+# The trap's own failures must not become the script's: a half that has ended can't be killed.
+trap 'kill "${beside:-}" 2>/dev/null || true; rm -f "$log"' EXIT
+"$bin/python" -m pytest -p no:cacheprovider tests/unit tests/peers tests/kernels tests/distributed >"$log" 2>&1 &
+beside=$!
+status=0
+echo "tests/e2e, beside the others (whose report follows):"
+"$bin/python" -m pytest tests/e2e || status=$?
+wait "$beside" || status=$?
+echo "tests/unit, tests/peers, tests/kernels and tests/distributed:"
+cat "$log"
+exit "$status"

@@ -21,6 +21,20 @@ SETTINGS = [
     "optimizer.lr=1e-3",
     "optimizer.eps=1e-5",
 ]
+#: A loss over whole sequences: each rank's loss looks at the other's tokens. Bounds that some of the sequences pass.
+GSPO = ["algorithm.policy_loss=gspo", "algorithm.loss_options={clip_low: 0.001, clip_high: 0.05}"]
+#: Stages whose weights look at whole sequences, which the ranks share.
+CORRECTED = (
+    "algorithm.off_policy.stages=[{name: truncated_is, level: sequence, cap: 1.5},{name: geometric_mask, low: 0.8, high: 1.2},"
+    "{name: outlier_mask, low: 0.672},{name: staleness_decay, level: sequence}]"
+)
+#: Case -> what it adds to SETTINGS.
+CASES = {
+    "float32": ["precision=float32"],
+    "bfloat16": ["precision=bfloat16"],
+    "gspo": ["precision=float32", *GSPO],
+    "corrected": ["precision=float32", CORRECTED],
+}
 REDUCED = ("policy/entropy", "policy/ratio", "policy/kl_ref", "mismatch/abs_logprob_diff_mean", "mismatch/abs_logprob_diff_max")
 
 
@@ -41,6 +55,10 @@ def two_updates(config, share_prompts: tuple[bool, bool]) -> dict:
                 stale = values_T + 0.6 * micro_batch.rollout_logprobs.sin()
                 micro_batch.old_logprobs = torch.where(micro_batch.loss_mask, stale, 0.0)
                 micro_batch.ref_logprobs = 0.9 * values_T
+                if config.algorithm.off_policy.stages:
+                    noise = micro_batch.rollout_logprobs
+                    micro_batch.rollout_logprobs = torch.where(micro_batch.loss_mask, stale + 0.4 * (3 * noise).cos(), 0.0)
+                    micro_batch.staleness = torch.where(micro_batch.loss_mask, noise.abs().floor(), 0.0)
             updates.append(policy.train_step(batch))
         weights = {name: value.clone() for name, value in policy.iter_weights(torch.float32)}
     return {"updates": updates, "logprobs": logprobs, "weights": weights}
@@ -56,24 +74,25 @@ def on_rank(rank: int, configs: list, ports: list[int]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory):
-    """dtype -> (what one process computes without sharing prompts, what each of two context ranks computes)."""
+    """Case -> (what one process computes without sharing prompts, what each of two context ranks computes)."""
     config = tiny_config(tmp_path_factory.mktemp("context"), family="qwen3", tied=False)
     fixed = ["recipe=tiny", f"model.path={config.model.path}", f"trainer.run_dir={config.trainer.run_dir}", *SETTINGS]
-    dtypes = ("float32", "bfloat16")
-    single = [two_updates(load_config([*fixed, f"precision={dtype}"]), share_prompts=(False, False)) for dtype in dtypes]
-    sharded = [load_config([*fixed, f"precision={dtype}", "parallel.context=2"]) for dtype in dtypes]
+    single = [two_updates(load_config([*fixed, *case]), share_prompts=(False, False)) for case in CASES.values()]
+    sharded = [load_config([*fixed, *case, "parallel.context=2"]) for case in CASES.values()]
     ranks = run_ranks(on_rank, 2, sharded, [free_port() for _ in sharded])
-    return {dtype: (single[i], [rank[i] for rank in ranks]) for i, dtype in enumerate(dtypes)}
+    return {name: (single[i], [rank[i] for rank in ranks]) for i, name in enumerate(CASES)}
 
 
-def test_the_comparison_covers_clipping_on_both_sides(computed):
-    first = computed["float32"][0]["updates"][0]
+@pytest.mark.parametrize("case", ["float32", "gspo"])
+def test_the_comparison_covers_clipping_on_both_sides(case, computed):
+    first = computed[case][0]["updates"][0]
     assert first["policy/clip_low_fraction"] > 0
     assert first["policy/clip_high_fraction"] > 0
 
 
-def test_context_ranks_compute_the_logprobs_loss_and_gradient_of_one_process(computed):
-    expected, ranks = computed["float32"]
+@pytest.mark.parametrize("case", ["float32", "gspo"])
+def test_context_ranks_compute_the_logprobs_loss_and_gradient_of_one_process(case, computed):
+    expected, ranks = computed[case]
     for number, reference in enumerate(expected["updates"]):
         for rank in ranks:
             for row, expected_row in zip(rank["logprobs"][number], expected["logprobs"][number], strict=True):
@@ -85,8 +104,9 @@ def test_context_ranks_compute_the_logprobs_loss_and_gradient_of_one_process(com
                 assert update[name] == pytest.approx(reference[name], rel=1e-4), name
 
 
-def test_context_ranks_end_with_the_weights_of_one_process(computed):
-    expected, ranks = computed["float32"]
+@pytest.mark.parametrize("case", ["float32", "gspo"])
+def test_context_ranks_end_with_the_weights_of_one_process(case, computed):
+    expected, ranks = computed[case]
     for rank in ranks:
         assert rank["weights"].keys() == expected["weights"].keys()
         for name, value in rank["weights"].items():
@@ -104,3 +124,19 @@ def test_in_bfloat16_they_differ_by_its_rounding_only(computed):
             for name in ("loss/total", "update/grad_norm"):
                 allowed = 2 * abs(reference[name] - truth[name]) + 5e-3 * abs(truth[name])
                 assert abs(rank["updates"][number][name] - truth[name]) <= allowed, name
+
+
+def test_off_policy_weights_of_whole_sequences_are_those_of_one_process(computed):
+    expected, ranks = computed["corrected"]
+    for number, reference in enumerate(expected["updates"]):
+        names = [name for name in reference if name.startswith(("off_policy/", "mismatch/", "weight/", "policy/"))]
+        assert 0 < reference["off_policy/sequence/masked_fraction"] < 1
+        for stage in ("truncated_is", "geometric_mask", "outlier_mask"):
+            assert 0 < reference[f"off_policy/{stage}_fraction"] < 1
+        assert reference["weight/sequences"] == 15
+        for rank in ranks:
+            update = rank["updates"][number]
+            assert update["loss/total"] == pytest.approx(reference["loss/total"], abs=1e-6)
+            assert update["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
+            for name in names:
+                assert update[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-6), name

@@ -13,12 +13,17 @@ from skyrl_mega.config.load import load_config
 from skyrl_mega.types import TrainState
 
 STATE = TrainState(2, 2, {"index": 8}, num_trained_groups=8, num_optimizer_steps=2, elapsed_train_s=1.0)
-SHAPES = {"qwen2_moe": {}, "qwen3_moe": {"num_experts": 6, "mlp_only_layers": [0]}}
+SHAPES = {"qwen2_moe": {}, "qwen3_moe": {"num_experts": 6, "mlp_only_layers": [0]}, "deepseek_v3": {}}
+#: Routers that are not trained have no moments, and no place in the optimizer's sharding.
+FROZEN = "model.freeze_router=true"
+#: The biases of sigmoid routers are no parameters, and travel with them.
+MOVING = "model.moe_bias_update_rate=0.01"
 #: name: (family, how many ranks save in which layout, how many ranks load it in which).
 CASES = {
     "expert2-to-single": ("qwen2_moe", (2, ["parallel=ep2"]), (1, [])),
-    "single-to-expert2-tensor2": ("qwen2_moe", (1, []), (2, ["parallel=ep2_tp2"])),
+    "single-to-expert2-tensor2-frozen": ("qwen2_moe", (1, [FROZEN]), (2, ["parallel=ep2_tp2", FROZEN])),
     "expert2-to-tensor2": ("qwen3_moe", (2, ["parallel=ep2"]), (2, ["parallel=tp2_sp"])),
+    "latent-tensor2-to-single": ("deepseek_v3", (2, ["parallel=ep2_tp2", MOVING]), (1, [MOVING])),
 }
 
 
@@ -71,6 +76,10 @@ def test_a_checkpoint_loads_with_another_number_of_expert_ranks(case, tmp_path):
     moments = [name for name in before if ".experts." in name and "exp_avg" in name]
     assert len(moments) >= 4
     assert all(before[name].any() for name in moments)
+    assert any(".router." in name and "exp_avg" in name for name in before) == (FROZEN not in saved_by)
+    biases = [tensor for name, tensor in before.items() if name.endswith(".expert_bias")]
+    assert len(biases) == (family == "deepseek_v3")
+    assert all(bias.dtype == torch.float32 and bias.any() for bias in biases)
     different = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     assert different == []
     for _, metrics in restored:

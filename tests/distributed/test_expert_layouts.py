@@ -1,4 +1,4 @@
-"""Expert load is counted once in every layout, a balancing loss splits, and padding is harmless.
+"""Expert load is counted once in every layout, the routers' losses split, and padding is harmless.
 
 That expert parallelism changes nothing else is in `test_layout_matrix`.
 """
@@ -6,6 +6,7 @@ That expert parallelism changes nothing else is in `test_layout_matrix`.
 import os
 
 import pytest
+from safetensors.torch import load_file
 
 from helpers.policy import make_policy, tiny_config
 from helpers.spawn import free_port, run_ranks
@@ -14,11 +15,13 @@ from skyrl_mega.config.load import load_config
 from skyrl_mega.models.router import routers
 
 SETTINGS = ["optimizer.lr=1e-3", "optimizer.eps=1e-4"]
-BALANCED = "model.moe_aux_loss_coef=0.05"
+BALANCED = ["model.moe_aux_loss_coef=0.05", "model.moe_z_loss_coef=0.001"]
 #: With one data-parallel rank the micro-batches are those of one process. Of six experts two ranks hold three each.
+#: Model -> its shape, layout and settings.
 MODELS = {
-    "balanced": ({"num_experts": 6}, ["parallel=ep2_tp2", BALANCED]),
-    "half_dense": ({"mlp_only_layers": [0], "norm_topk_prob": False}, ["parallel=pp2"]),
+    "balanced": ({"num_experts": 6}, "parallel=ep2_tp2", BALANCED),
+    "half_dense": ({"mlp_only_layers": [0], "norm_topk_prob": False}, "parallel=pp2", []),
+    "biased": ({"family": "glm4_moe", "n_routed_experts": 6}, "parallel=ep2_tp2", ["model.moe_bias_update_rate=0.01"]),
 }
 
 
@@ -49,7 +52,7 @@ def routed_tokens(rank: int, config) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("layout", [["parallel=cp2", "parallel.expert=2"], ["parallel=ep2"]], ids=["context", "data"])
 def test_the_balancing_loss_is_weighed_by_all_the_tokens_that_are_routed(paths, layout):
     """Context-parallel ranks pad their parts themselves: those tokens are routed too."""
-    first, second = run_ranks(routed_tokens, 2, config_of(paths["balanced"], *layout, BALANCED))
+    first, second = run_ranks(routed_tokens, 2, config_of(paths["balanced"], *layout, *BALANCED))
     assert [a + b for a, b in zip(first[0], second[0], strict=True)] == first[1] == second[1]
 
 
@@ -64,8 +67,8 @@ def on_rank(rank: int, configs: dict, ports: list[int]) -> dict:
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict:
     return {
-        name: tiny_config(tmp_path_factory.mktemp(name), family="qwen3_moe", tied=False, **shape).model.path
-        for name, (shape, _) in MODELS.items()
+        name: tiny_config(tmp_path_factory.mktemp(name), **{"family": "qwen3_moe", "tied": False, **shape}).model.path
+        for name, (shape, _, _) in MODELS.items()
     }
 
 
@@ -75,25 +78,35 @@ def config_of(path: str, *overrides: str):
 
 @pytest.fixture(scope="module")
 def single(paths) -> dict:
-    return {name: two_updates(config_of(path, *[BALANCED] * (name == "balanced"))) for name, path in paths.items()}
+    return {name: two_updates(config_of(path, *MODELS[name][2])) for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
 def sharded(paths) -> list[dict]:
-    configs = {name: config_of(path, *MODELS[name][1]) for name, path in paths.items()}
+    configs = {name: config_of(path, MODELS[name][1], *MODELS[name][2]) for name, path in paths.items()}
     return run_ranks(on_rank, 2, configs, [free_port() for _ in configs])
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_load_and_balancing_loss_are_those_of_one_process(single, sharded, model):
+def test_load_balancing_loss_and_biases_are_those_of_one_process(paths, single, sharded, model):
     for results in sharded:
         for metrics, reference in zip(results[model]["updates"], single[model]["updates"], strict=True):
-            for name in ("load_max_over_mean", "load_max_over_mean_worst_layer", "idle_experts", "router_entropy", "aux_loss"):
+            for name in (
+                "load_max_over_mean",
+                "load_max_over_mean_worst_layer",
+                "idle_experts",
+                "router_entropy",
+                "aux_loss",
+                "z_loss",
+            ):
                 assert metrics[f"moe/{name}"] == pytest.approx(reference[f"moe/{name}"], rel=1e-5), name
             assert metrics["update/grad_norm"] == pytest.approx(reference["update/grad_norm"], rel=1e-5)
         for name, value in results[model]["weights"].items():
             difference = (value - single[model]["weights"][name]).abs()
             assert difference.max() < 5e-5, name  # a twentieth of the learning rate
+    start = {name: value for name, value in load_file(f"{paths['biased']}/model.safetensors").items() if "bias" in name}
+    moved = [(single["biased"]["weights"][name] - value).abs().max() for name, value in start.items() if "e_score" in name]
+    assert min(moved) > 0.009  # or a bias that stays would pass
     assert all(update["moe/aux_loss"] > 2 * 0.99 for update in single["balanced"]["updates"])
     assert all(update["moe/aux_loss"] == 0 for update in single["half_dense"]["updates"])
     assert 1 < sharded[0]["balanced"]["updates"][0]["moe/rank_load_max_over_mean"] <= 2

@@ -31,38 +31,56 @@ SETTINGS = [
 MODELS = {
     "llama": {"family": "llama", "tied": True, "num_hidden_layers": 4},
     "qwen3": {"family": "qwen3", "tied": False, "num_hidden_layers": 4},
+    # Windows of 12 in every second layer, sequences of up to 64 tokens with shared prompts.
+    "gemma3_text": {
+        "family": "gemma3_text",
+        "tied": True,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     # Of six experts two ranks hold three each.
     "qwen3_moe": {"family": "qwen3_moe", "tied": False, "num_experts": 6},
     "qwen2_moe": {"family": "qwen2_moe", "tied": True},
     "mixtral": {"family": "mixtral", "tied": False},
     # The first of two stages has no experts.
     "half_dense": {"family": "qwen3_moe", "tied": False, "num_hidden_layers": 4, "mlp_only_layers": [0, 1]},
+    # Multi-latent attention in a dense layer and in one with experts.
+    "deepseek_v3": {"family": "deepseek_v3", "tied": False},
+    "latent_dense": {"family": "deepseek_v3", "tied": True, "first_k_dense_replace": 2},
+    "glm4_moe": {"family": "glm4_moe", "tied": False},
 }
 DENSE = ("llama", "qwen3")
+#: A loss that looks at whole sequences, with ratios to the engine that are far from 1; the model is llama's.
+GSPO = [
+    "algorithm.policy_loss=gspo",
+    "algorithm.reduction=sequence_mean",
+    "algorithm.old_logprobs=rollout",
+    "algorithm.loss_options={clip_low: 1.0, clip_high: 1.0}",
+]
 
 #: Layout -> (ranks, the models that run in it, overrides). Four ranks on two cores take their time: one model each.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], list[str]]] = {
-    "tp2": (2, DENSE, ["parallel=tp2"]),
-    "tp2_sp": (2, (*DENSE, "qwen2_moe"), ["parallel=tp2_sp"]),  # experts whole beside split attention
+    "tp2": (2, (*DENSE, "gspo", "latent_dense"), ["parallel=tp2"]),
+    "tp2_sp": (2, (*DENSE, "qwen2_moe", "glm4_moe"), ["parallel=tp2_sp"]),  # experts whole beside split attention
     "tp2_sp_plain": (2, ("mixtral",), ["parallel=tp2_sp", "parallel.distributed_optimizer=false"]),
-    "pp2": (2, (*DENSE, "half_dense"), ["parallel=pp2"]),
-    "pp2_vpp2": (2, (*DENSE, "half_dense"), ["parallel=pp2_vpp2"]),
+    "pp2": (2, (*DENSE, "half_dense", "gspo", "deepseek_v3", "glm4_moe"), ["parallel=pp2"]),
+    "pp2_vpp2": (2, (*DENSE, "half_dense", "gemma3_text"), ["parallel=pp2_vpp2"]),
     "dp2": (2, DENSE, ["parallel.distributed_optimizer=false"]),
-    "dp2_distopt": (2, (*DENSE, "qwen3_moe"), ["parallel=dp2"]),
+    "dp2_distopt": (2, (*DENSE, "qwen3_moe", "gspo"), ["parallel=dp2"]),
     "dp2_overlap": (2, DENSE, ["parallel=dp2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
     "pp2_vpp2_overlap": (4, ("llama",), ["parallel=pp2_vpp2", "parallel.overlap_grad_reduce=true"]),
-    "full_recompute": (2, ("llama",), ["parallel=tp2_sp", "model.recompute=full", "model.recompute_layers=2"]),
+    "full_recompute": (2, ("llama", "gemma3_text"), ["parallel=tp2_sp", "model.recompute=full", "model.recompute_layers=2"]),
     "selective_recompute": (
         2,
-        ("qwen3",),
+        ("qwen3", "latent_dense"),
         ["parallel=tp2", "model.recompute=selective", "model.recompute_modules=[core_attn,mlp]"],
     ),
-    "cp2": (2, DENSE, ["parallel=cp2"]),
-    "cp2_whole_sequences": (2, ("llama",), ["parallel=cp2", "trainer.share_prompts=off"]),
+    "cp2": (2, (*DENSE, "gemma3_text", "latent_dense"), ["parallel=cp2"]),
+    "cp2_whole_sequences": (2, ("llama", "gspo"), ["parallel=cp2", "trainer.share_prompts=off"]),
     "cp2_ep2": (2, ("qwen3_moe",), ["parallel=cp2", "parallel.expert=2"]),
-    "ep2": (2, ("qwen3_moe", "mixtral"), ["parallel=ep2"]),
+    "ep2": (2, ("qwen3_moe", "mixtral", "glm4_moe"), ["parallel=ep2"]),
     "ep2_plain": (2, ("qwen2_moe",), ["parallel=ep2", "parallel.distributed_optimizer=false"]),
-    "ep2_tp2": (2, ("qwen2_moe",), ["parallel=ep2_tp2"]),
+    "ep2_tp2": (2, ("qwen2_moe", "deepseek_v3"), ["parallel=ep2_tp2"]),
     "ep2_overlap": (
         2,
         ("qwen3_moe",),
@@ -115,15 +133,16 @@ def config_of(models, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs")
 
     def make(model: str, overrides: list[str]):
-        fixed = ["recipe=tiny", f"model.path={models[model]}", f"trainer.run_dir={run_dir}"]
-        return load_config([*fixed, *SETTINGS, *overrides])
+        path = models["llama" if model == "gspo" else model]
+        fixed = ["recipe=tiny", f"model.path={path}", f"trainer.run_dir={run_dir}"]
+        return load_config([*fixed, *SETTINGS, *(GSPO if model == "gspo" else []), *overrides])
 
     return make
 
 
 @pytest.fixture(scope="module")
 def expected(config_of):
-    return {model: two_updates(config_of(model, [])) for model in MODELS}
+    return {model: two_updates(config_of(model, [])) for model in (*MODELS, "gspo")}
 
 
 @pytest.fixture(scope="module")

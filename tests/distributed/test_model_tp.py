@@ -26,13 +26,19 @@ CASES = {
     "qwen2_untied_sp_ragged_vocabulary": ("qwen2", False, True, {"vocab_size": 271}),
     "qwen3_tied_tp": ("qwen3", True, False, {}),
     "qwen3_untied_sp": ("qwen3", False, True, {}),
+    "gemma3_text_tied_sp": ("gemma3_text", True, True, {}),
+    "llama_biases_sp": ("llama", False, True, {"attention_bias": True}),
+    "deepseek_v3_dense_tp": ("deepseek_v3", False, False, {"first_k_dense_replace": 2}),
+    "deepseek_v3_sp": ("deepseek_v3", False, True, {}),
+    "deepseek_v3_sp_without_query_latent": ("deepseek_v3", True, True, {"q_lora_rank": None}),
+    "glm4_moe_sp": ("glm4_moe", False, True, {}),
 }
 LENGTHS = [2, 9, 30]
 
 
 def _shard(full, name, parameter, rank):
     """This rank's part of a full Megatron tensor."""
-    if not parameter.tensor_model_parallel:
+    if not parameter.tensor_model_parallel or ".experts." in name:  # experts are whole on every rank
         return full
     if "linear_fc1" in name:
         gate, up = full.chunk(2)

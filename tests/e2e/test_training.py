@@ -15,35 +15,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import even_env
+from helpers.rewards import write_reward_model
 from helpers.spawn import free_port
 from helpers.tiny import write_tiny_model
+from skyrl_mega.data.ledger_audit import audit
+from skyrl_mega.data.ledger_reader import LedgerReader
 from skyrl_mega.telemetry.metrics import read_metrics
+from skyrl_mega.telemetry.trace_merge import merge_traces
 
 STEPS = 4
 #: Everything that is computed, as opposed to timed.
-COMPUTED = ("reward/", "loss/", "policy/", "mismatch/", "eval/", "update/", "response/", "group/", "env/")
-#: A random model is never right, so reward it for even first bytes of its answer: about half of them.
-ENVIRONMENT = '''
-from skyrl_mega.envs.base import Reply, TextEnvBase
-
-class EvenEnv(TextEnvBase):
-    """Reward 1 when the first character of the answer has an even code."""
-
-    def __init__(self, level="", shots=0):
-        """Takes and ignores the arithmetic options that recipe=tiny sets."""
-        super().__init__()
-
-    def pose(self, payload):
-        return payload["text"]
-
-    def respond(self, action):
-        even = float(bool(action) and ord(action[0]) % 2 == 0)
-        return Reply(reward=even, metrics={"accuracy": even})
-
-    @classmethod
-    def generate_payload(cls, index, seed, split, **options):
-        return {"text": f"{split} {seed} number {index}: "}
-'''
+COMPUTED = ("reward/", "loss/", "policy/", "critic/", "mismatch/", "eval/", "update/", "response/", "group/", "env/")
+#: Two further terms of the reward, by weight: a function of the user's own and a reward model.
+WEIGHTS = {"brevity": 0.05, "liking": 0.02}
+REWARDS = """
+def brevity(one, *, target_tokens):
+    return -abs(one.num_response_tokens - target_tokens) / target_tokens
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +40,17 @@ def home(tmp_path_factory):
     """A directory with a model and an environment of the user's own."""
     path = tmp_path_factory.mktemp("training")
     write_tiny_model(path / "model", "llama", tied=True)
-    (path / "even_env.py").write_text(ENVIRONMENT)
+    write_reward_model(path / "reward_model")
+    shutil.copy(even_env.__file__, path)
+    (path / "my_rewards.py").write_text(REWARDS)
     return path
+
+
+def reward_terms(home: Path) -> str:
+    function = f"kind: function, path: '{home / 'my_rewards.py'}:brevity', options: {{target_tokens: 8}}"
+    model = f"kind: model, path: '{home / 'reward_model'}', dtype: float32"
+    brevity, liking = WEIGHTS.values()
+    return f"[{{name: brevity, weight: {brevity}, {function}}}, {{name: liking, weight: {liking}, {model}}}]"
 
 
 def command(home: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[str]:
@@ -71,6 +69,7 @@ def command(home: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> list[
         "checkpoint.interval_steps=2",
         "evaluation.interval_steps=2",
         "rollout.probe_after_sync=true",
+        f"reward.terms={reward_terms(home)}",
         *overrides,
     ]
 
@@ -110,7 +109,7 @@ def test_a_run_learns_from_its_rollouts_and_reports_every_step(undisturbed):
     rows = computed(run_dir)
     assert sorted(rows) == list(range(STEPS + 1))
     updates = [rows[step] for step in range(1, STEPS + 1)]
-    assert all(0.0 < row["reward/mean"] < 1.0 for row in updates)
+    assert all(0.0 < row["reward/env_mean"] < 1.0 for row in updates)
     assert any(row["update/skipped"] == 0.0 and row["update/grad_norm"] > 0.0 for row in updates)
     # The engine samples from the very policy that is trained, before and after every weight sync.
     assert all(row.get("mismatch/abs_logprob_diff_max", 0.0) < 1e-3 for row in updates)
@@ -118,6 +117,17 @@ def test_a_run_learns_from_its_rollouts_and_reports_every_step(undisturbed):
     assert "eval/accuracy" in rows[0]
     assert "eval/accuracy" in rows[STEPS]
     assert "finished" in output
+
+
+def test_every_reward_is_the_sum_of_its_terms(undisturbed):
+    run_dir, _ = undisturbed
+    rows = computed(run_dir)
+    for prefix, suffix, steps in (("reward/", "_mean", range(1, STEPS + 1)), ("eval/reward_", "", (0, 2, 4))):
+        for row in (rows[step] for step in steps):
+            terms = sum(weight * row[f"{prefix}{name}{suffix}"] for name, weight in WEIGHTS.items())
+            total = row["reward/mean" if prefix == "reward/" else "eval/reward"]
+            assert total == pytest.approx(row[f"{prefix}env{suffix}"] + terms, abs=1e-9)
+            assert row[f"{prefix}liking{suffix}"] != 0.0
 
 
 def test_a_run_leaves_summary_config_curve_tensorboard_and_checkpoints(undisturbed):
@@ -260,10 +270,71 @@ def wait_for_rank_1_after(metrics: Path, *, step: int, launcher: subprocess.Pope
     raise AssertionError("rank 1 is not running")
 
 
-def test_memory_does_not_creep(home):
+@pytest.mark.parametrize(
+    "overrides", [["rollout=async"], ["rollout=fleet", "rollout.weight_transport=gloo"]], ids=["child", "ray"]
+)
+def test_an_asynchronous_run_trains_every_group_once_and_within_its_bound(home, overrides, request):
+    run_dir = home / f"asynchronous_{request.node.callspec.id}"
+    steps, bound = 8, 2
+    run(home, run_dir, *overrides, f"trainer.max_staleness={bound}", f"trainer.max_steps={steps}", "telemetry.trace=true")
+    rows = {row["step"]: row for row in read_metrics(run_dir)}
+    assert sorted(rows) == list(range(steps + 1))
+    for step in range(1, steps + 1):
+        assert rows[step]["staleness/max"] <= bound
+        assert rows[step]["sync/policy_version"] == step
+        assert rows[step]["probe/logprob_diff_mean"] < 1e-3
+    assert max(row["staleness/max"] for row in rows.values() if row["step"]) > 0, "nothing was generated ahead"
+    with LedgerReader.open_read_only(run_dir / "ledger.sqlite") as ledger:
+        found = audit(ledger.file, metrics_steps=[step for step in rows if step > 0])
+        assert found.passed, found.findings
+        assert ledger.counts().trained == steps * 4
+    names = [process.name for process in merge_traces(run_dir).processes]
+    engines = ["engine 0", "engine 1"] if "rollout=fleet" in overrides else ["engine 0"]
+    assert names == ["rank 0", "coordinator", *engines, "transfers"]
+
+
+def test_ppo_trains_a_critic_beside_the_policy_and_resumes_to_the_same_numbers(home):
+    from transformers import AutoModelForSequenceClassification
+
+    settings = [
+        *("algorithm.advantage=gae", "algorithm.normalize_advantages=true", "trainer.updates_per_step=2"),
+        *("critic.warmup_steps=1", "critic.optimizer.lr=1e-3", "evaluation.num_prompts=0", "rollout.probe_after_sync=false"),
+    ]
+    run_dir, resumed = home / "ppo", home / "ppo_resumed"
+    run(home, run_dir, *settings)
+    rows = computed(run_dir)
+    assert rows[1]["update/skipped"] == 1.0, "the first step is the critic's alone"
+    assert "update/grad_norm" not in rows[1]
+    for step in range(1, STEPS + 1):
+        assert rows[step]["critic/grad_norm"] > 0.0
+        assert step == 1 or rows[step]["update/grad_norm"] > 0.0
+    assert rows[1]["critic/value_mean"] != rows[STEPS]["critic/value_mean"]
+    critic = AutoModelForSequenceClassification.from_pretrained(run_dir / "hf_critic")
+    assert critic.config.num_labels == 1
+    assert critic.score.weight.abs().max() > 0
+
+    # As if killed between the last step and its checkpoint.
+    shutil.copytree(run_dir, resumed)
+    for made in ("checkpoints/step_000004", "hf", "hf_critic"):
+        shutil.rmtree(resumed / made)
+    (resumed / "summary.json").unlink()
+    assert "step_000002" in run(home, resumed, *settings)
+    assert computed(resumed) == rows
+    for made in ("hf", "hf_critic"):
+        weights = [(directory / made / "model.safetensors").read_bytes() for directory in (run_dir, resumed)]
+        assert weights[0] == weights[1], made
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
+def test_memory_does_not_creep(home, precision):
     """200 steps with rollout, sync, evaluation, probe and checkpoints, engine in the same process."""
-    run_dir = home / "long"
-    run(home, run_dir, "trainer.max_steps=200", "evaluation.interval_steps=10", "checkpoint.interval_steps=10", timeout=580)
+    run_dir = home / f"long-{precision}"
+    settings = [f"precision={precision}", "trainer.max_steps=200", "evaluation.interval_steps=10", "checkpoint.interval_steps=10"]
+    if precision == "bfloat16":
+        # Wide enough for oneDNN, which keeps a kernel for every new number of tokens.
+        wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024}
+        settings.append(f"model.path={write_tiny_model(home / 'wide', 'llama', tied=True, dtype='bfloat16', **wide)}")
+    run(home, run_dir, *settings, timeout=580)
     peaks = {row["step"]: row["memory/peak_rss_bytes"] for row in read_metrics(run_dir)}
     assert max(peaks) == 200
     assert peaks[200] <= 1.02 * peaks[20], f"{peaks[20]:,.0f} bytes after 20 steps, {peaks[200]:,.0f} after 200"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.tiny import write_tiny_model
+from helpers.weight_fleet import one_engine_sink
 from skyrl_mega.errors import RolloutError, WeightSyncError
 from skyrl_mega.types import GenerationRequest, SamplingParams
 from skyrl_mega.weights.publish import publish
@@ -71,7 +72,17 @@ def base_model(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def sink(engine):
-    sink = engine.weight_sink()
+    sink = one_engine_sink(engine)
+    yield sink
+    sink.close()
+
+
+@pytest.fixture(
+    params=[("shm", False), ("gloo", False), ("shm", True), ("gloo", True)], ids=["shm", "gloo", "shm-delta", "gloo-delta"]
+)
+def any_sink(request, engine):
+    transport, delta = request.param
+    sink = one_engine_sink(engine, transport, delta=delta)
     yield sink
     sink.close()
 
@@ -88,25 +99,26 @@ def push(sink, source, version):
     return publish(source, sink, version, torch.float32, bucket_bytes=BUCKET_BYTES)
 
 
-def test_every_version_is_served_as_pushed(synced, sink, base_model):
+def test_every_version_is_served_as_pushed_by_every_transport(synced, any_sink, base_model):
     assert logprob_error(synced, base_model, PROMPT) < 1e-3
     for version in (1, 2):
         model = perturbed(base_model, seed=version)
         assert logprob_error(synced, model, PROMPT) > 0.1
-        published = push(sink, ModelSource(model), version)
+        published = push(any_sink, ModelSource(model), version)
         assert logprob_error(synced, model, PROMPT) < 1e-3
         assert synced.policy_version == published.version == version
         assert published.num_tensors == len(list(model.parameters()))
         assert published.size_bytes == sum(p.numel() * 4 for p in model.parameters())
-        assert {"gather", "write", "checksum", "load", "finish", "total"} <= published.seconds.keys()
+        phases = {"gather", "pack", "checksum", "wait", "load", "load_unhidden", "worker_load", "finish", "total"}
+        assert phases <= published.seconds.keys()
 
 
 def test_completions_carry_the_version_that_sampled_them(synced, sink, base_model):
     request = GenerationRequest("r", PROMPT, SamplingParams(max_new_tokens=4, seed=0))
     push(sink, ModelSource(base_model), 41)
-    assert synced.generate([request])[0].policy_version == 41
+    assert set(synced.generate([request])[0].policy_versions) == {41}
     push(sink, ModelSource(base_model), 42)
-    assert synced.generate([request])[0].policy_version == 42
+    assert set(synced.generate([request])[0].policy_versions) == {42}
 
 
 def test_no_cached_prefix_of_old_weights_survives_a_sync(synced, sink, base_model):
@@ -170,7 +182,7 @@ def test_the_engine_itself_refuses_a_fused_layer_that_came_in_part(synced, sink,
 def test_a_corrupted_bucket_is_refused(synced, sink, base_model, monkeypatch, corrupted_bucket):
     """One flipped byte after the checksums were made. Nothing loaded yet: the old version serves on. Else: nothing does."""
     push(sink, ModelSource(base_model), 1)
-    send, sent = synced._send_bucket, []
+    send, sent = synced._load_bucket, []
 
     def flip_a_byte_and_send(bucket):
         if len(sent) == corrupted_bucket:
@@ -183,7 +195,7 @@ def test_a_corrupted_bucket_is_refused(synced, sink, base_model, monkeypatch, co
         sent.append(bucket)
         send(bucket)
 
-    monkeypatch.setattr(synced, "_send_bucket", flip_a_byte_and_send)
+    monkeypatch.setattr(synced, "_load_bucket", flip_a_byte_and_send)
     with pytest.raises(WeightSyncError, match=r"checksum of .* must be"):
         push(sink, ModelSource(perturbed(base_model, seed=9)), 2)
     monkeypatch.undo()
@@ -225,12 +237,13 @@ def serve_untied_model_in_child_processes(model_dir, results):
     engine = VLLMEngine.start(rollout, model_path=str(model_dir), seed=0, threads=1, in_process=False, device="cpu")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     observed = {"start": (engine.policy_version, logprob_error(engine, model, PROMPT))}
-    sink = engine.weight_sink()
-    for version in (1, 2):
-        model = perturbed(model, seed=version)
+    sinks = [one_engine_sink(engine), one_engine_sink(engine, "gloo"), one_engine_sink(engine, "gloo", delta=True)]
+    for version, sink in enumerate([*sinks, sinks[-1]], start=1):
+        model = perturbed(model, seed=version, scale=0.1)
         # Buckets so small that a layer's weights and its biases come in different ones.
         publish(ModelSource(model), sink, version, torch.float32, bucket_bytes=1)
         observed[f"push {version}"] = (engine.policy_version, logprob_error(engine, model, PROMPT))
+    sink = sinks[0]
     sink.start(3, [("model.norm.weight",)])
     sink.put([("model.norm.weight", model.model.norm.weight)])
     try:
@@ -238,9 +251,29 @@ def serve_untied_model_in_child_processes(model_dir, results):
     except WeightSyncError as error:
         observed["incomplete"] = str(error)
     sink.abort()
+    observed["dead"] = push_to_an_engine_that_dies(engine, sinks[1], ModelSource(model))
+    for sink in sinks:
+        sink.close()
     engine.close()
     observed["children"] = [child.name for child in multiprocessing.active_children()]
     results.put(observed)
+
+
+def push_to_an_engine_that_dies(engine, sink, source) -> str:
+    """What the sink says when the engine's processes are killed after the first bucket."""
+    send = engine._load_bucket
+
+    def send_and_die(bucket):
+        send(bucket)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    engine._load_bucket = send_and_die
+    try:
+        publish(source, sink, 9, torch.float32, bucket_bytes=1)
+    except WeightSyncError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 def test_an_untied_model_in_child_processes_serves_every_version(tmp_path):
@@ -251,7 +284,10 @@ def test_an_untied_model_in_child_processes_serves_every_version(tmp_path):
     process.start()
     observed = results.get(timeout=400)
     process.join(timeout=60)
-    assert {key: observed[key][0] for key in ("start", "push 1", "push 2")} == {"start": 0, "push 1": 1, "push 2": 2}
-    assert all(observed[key][1] < 1e-3 for key in ("start", "push 1", "push 2")), observed
+    pushes = {"start": 0, "push 1": 1, "push 2": 2, "push 3": 3, "push 4": 4}
+    assert {key: observed[key][0] for key in pushes} == pushes
+    assert all(observed[key][1] < 1e-3 for key in pushes), observed
+    assert "no engine received weight version 9" in observed["dead"]
+    assert "vLLM failed" in observed["dead"]
     assert "parameters did not arrive" in observed["incomplete"]
     assert observed["children"] == []

@@ -40,6 +40,7 @@ def logprob_error(engine, directory) -> float:
 
 def serve_versions(rank: int, folder) -> dict:
     """Runs in a process of its own: engine and policy side by side, as in a run of one process."""
+    from helpers.weight_fleet import one_engine_sink
     from skyrl_mega.config.schema import Config, ModelConfig, ParallelConfig, RolloutConfig
     from skyrl_mega.errors import WeightSyncError
     from skyrl_mega.models.build import build_model
@@ -55,7 +56,7 @@ def serve_versions(rank: int, folder) -> dict:
     engine = VLLMEngine.start(rollout, model_path=str(path), seed=0, threads=1, in_process=True, device="cpu")
     chunks = build_model(Config(model=ModelConfig(path=str(path), dtype="float32")), topology)
     load_hf_weights(chunks, path, topology)
-    exporter, sink = HFExporter(chunks, path, topology), engine.weight_sink()
+    exporter, sink = HFExporter(chunks, path, topology), one_engine_sink(engine)
     observed = {"start": logprob_error(engine, path)}
     for version in (1, 2):
         with torch.no_grad():
@@ -75,6 +76,7 @@ def serve_versions(rank: int, folder) -> dict:
         observed["refused"] = str(error)
     publish(exporter, sink, 5, torch.float32, bucket_bytes=10**9)
     observed["after"] = logprob_error(engine, folder / "2")
+    sink.close()
     engine.close()
     return observed
 

@@ -1,6 +1,6 @@
 """Hugging Face as the oracle: float32 logits and gradients, one sequence at a time, and a weight converter of our own.
 
-The converter shares no code with the library or mbridge: it states the layout (q, k, v rows interleaved by KV group; gate
+The converter shares no code with the library: it states the layout (q, k, v rows interleaved by KV group; gate
 above up; experts one by one) in a few lines, so that a mistake in the library's mapping shows.
 """
 
@@ -47,6 +47,12 @@ def make_micro_batch(sequences: Sequence[torch.Tensor]):
         sample_index=torch.arange(len(sequences)),
         loss_tokens_per_sequence=(lengths - 1).float(),
     )
+
+
+def policy_logits(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, architecture) -> torch.Tensor:
+    """The logits [T, V] of a policy's hidden states, capped where the architecture caps them."""
+    logits, cap = hidden_TH @ weight_VH.t(), architecture.logits_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def oracle_logits(oracle, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -111,22 +117,38 @@ def to_megatron(tensors: dict[str, torch.Tensor], name: str, architecture) -> to
     if part == "mlp.linear_fc1.weight":
         return torch.cat([tensors[f"{layer}mlp.gate_proj.weight"], tensors[f"{layer}mlp.up_proj.weight"]])
     if part == "mlp.shared_experts.linear_fc1.weight":
-        return torch.cat([tensors[f"{layer}mlp.shared_expert.{x}_proj.weight"] for x in ("gate", "up")])
+        shared = "shared_expert" if architecture.family == "qwen2_moe" else "shared_experts"
+        return torch.cat([tensors[f"{layer}mlp.{shared}.{x}_proj.weight"] for x in ("gate", "up")])
     if part.startswith("mlp.experts.local_experts."):
         expert, matrix = int(part.split(".")[3]), part.split(".")[4]
         parts = ("gate_proj", "up_proj") if matrix == "linear_fc1" else ("down_proj",)
         names = [_expert_file_name(layer[:-1], expert, x, architecture.family) for x in parts]
         return torch.cat([tensors[x] for x in names])
     plain = {
+        "input_layernorm.weight": "input_layernorm.weight",
+        "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+        "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
+        "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
+        "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
+        "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+        "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
+        "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+        "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
+        "self_attn_bda.weight": "post_attention_layernorm.weight",
+        "mlp_bda.weight": "post_feedforward_layernorm.weight",
         "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
         "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_feedforward_layernorm.weight"
+        if architecture.post_norms
+        else "post_attention_layernorm.weight",
         "mlp.linear_fc2.weight": "mlp.down_proj.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "mlp.router.weight": "block_sparse_moe.gate.weight" if architecture.family == "mixtral" else "mlp.gate.weight",
-        "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
+        "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight"
+        if architecture.family == "qwen2_moe"
+        else "mlp.shared_experts.down_proj.weight",
         "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
     }
     return tensors[layer + plain[part]]

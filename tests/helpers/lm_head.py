@@ -27,11 +27,13 @@ def make_case(num_tokens=37, hidden_size=24, vocab=101, *, dtype=torch.float32, 
     return hidden, weight, labels, grads
 
 
-def eager(hidden, weight, labels, *, temperature=1.0, vocab_size=None, bias=None, floor=None):
+def eager(hidden, weight, labels, *, temperature=1.0, vocab_size=None, bias=None, floor=None, logit_softcap=None):
     """The formula, materialised: logits in the inputs' dtype, softmax in float32 or better. Returns (logprobs, entropy, lse)."""
     logits = (hidden @ weight[:vocab_size].t()).to(torch.promote_types(hidden.dtype, torch.float32))
     if bias is not None:
         logits = logits + bias[:vocab_size]
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
     logits = logits / temperature
     if floor is not None:
         kept = (logits >= floor[:, None]).scatter(1, labels[:, None], True)

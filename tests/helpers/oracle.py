@@ -5,6 +5,7 @@ The independent answer that the trainer's packed, sharded, float32 computation i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,19 @@ def token_logprobs(model, token_ids: torch.Tensor, temperature: float) -> tuple[
     return chosen, -(logp.exp() * logp).sum(-1)
 
 
+def importance_weights(old: torch.Tensor, rollout: torch.Tensor, correction: str, low: float, cap: float) -> torch.Tensor:
+    """What `algorithm.off_policy` multiplies each token's loss by, one token after the other in Python floats."""
+    weights = []
+    for before, sampled in zip(old.tolist(), rollout.tolist(), strict=True):
+        weight = math.exp(before - sampled)
+        if correction == "truncated_is":
+            weight = min(weight, cap)
+        elif weight > cap or (correction == "icepop" and weight < low):
+            weight = 0.0
+        weights.append(weight)
+    return torch.tensor(weights, dtype=torch.float64)
+
+
 def grpo_update(
     model,
     optimizer: torch.optim.Optimizer,
@@ -38,11 +52,14 @@ def grpo_update(
     entropy_coef: float = 0.0,
     old: list[torch.Tensor] | None = None,
     ref: list[torch.Tensor] | None = None,
+    importance: list[torch.Tensor] | None = None,
     max_norm: float = 1.0,
+    sequence_ratio: bool = False,
 ) -> OracleStep:
     """One update of `model` (float64) by `optimizer` on samples with token-aligned advantages; returns its numbers.
 
-    `old` and `ref` are token-aligned logprobs [L] per sample; without `old` the ratio is one.
+    `old` and `ref` are token-aligned logprobs [L] per sample; without `old` the ratio is one. `importance`: token-aligned weights
+    of the clipped loss. `sequence_ratio`: the geometric mean of a response's ratios in their place (GSPO).
     """
     optimizer.zero_grad()
     total_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
@@ -52,9 +69,14 @@ def grpo_update(
         mask = sample.loss_mask[1:]
         advantages = sample.advantages[1:].double()
         before = logprobs.detach() if old is None else old[index][1:].double()
-        ratio = (logprobs - before).exp()
+        log_ratio = logprobs - before
+        if sequence_ratio:
+            log_ratio = (log_ratio[mask].sum() / mask.sum()).expand(len(mask))
+        ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
         per_token = -torch.minimum(ratio * advantages, clipped * advantages)
+        if importance is not None:
+            per_token = per_token * importance[index][1:].double()
         if kl_coef:
             difference = ref[index][1:].double() - logprobs
             per_token = per_token + kl_coef * (difference.exp() - difference - 1)

@@ -33,26 +33,46 @@ def make_pack(lengths: Sequence[int], prefixes: Sequence[int] | None = None, *, 
     )
 
 
-def random_qkv(num_tokens: int, heads: int = 6, kv_heads: int = 2, dim: int = 16, *, dtype=torch.float32, seed: int = 0) -> list:
-    """[query, key, value]: [T, H, D] and [T, K, D] twice."""
+def random_qkv(
+    num_tokens: int,
+    heads: int = 6,
+    kv_heads: int = 2,
+    dim: int = 16,
+    *,
+    value_dim: int | None = None,
+    dtype=torch.float32,
+    seed: int = 0,
+) -> list:
+    """[query, key, value]: [T, H, D], [T, K, D] and [T, K, E], where E is D unless `value_dim` is given."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(num_tokens, h, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)]
+    shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)
+    return [torch.randn(num_tokens, h, d, generator=generator).to(dtype) for h, d in shapes]
 
 
-def visible(pack: MicroBatch) -> torch.Tensor:
-    """bool [T, T]: whether token i sees token j: one of its own sequence that is not later, or one of its trunk's."""
+def visible(pack: MicroBatch, window: int | None = None) -> torch.Tensor:
+    """bool [T, T]: whether token i sees token j: one of its own sequence that is not later, or one of its trunk's.
+
+    With `window` only if j's position is less than `window` before i's.
+    """
     lengths = pack.cu_seqlens.diff().long()
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     prefixes = torch.full((len(lengths),), -1) if pack.prefix_segments is None else pack.prefix_segments
     own = sequence[:, None] == sequence[None, :]
-    return (own & torch.ones_like(own).tril()) | (prefixes[sequence][:, None] == sequence[None, :])
+    sees = (own & torch.ones_like(own).tril()) | (prefixes[sequence][:, None] == sequence[None, :])
+    if window is not None:
+        sees &= pack.position_ids[:, None] - pack.position_ids[None, :] < window
+    return sees
 
 
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sees: torch.Tensor, scale: float) -> torch.Tensor:
-    """Masked softmax in float64 over all pairs, keys and values repeated per query head; [T, H, D]."""
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sees: torch.Tensor, scale: float, softcap: float | None = None
+) -> torch.Tensor:
+    """Masked softmax in float64 over all pairs, keys and values repeated per query head; [T, H, E]."""
     repeats = q.size(1) // k.size(1)
     q, k, v = q.double(), k.double().repeat_interleave(repeats, 1), v.double().repeat_interleave(repeats, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, float("-inf")).softmax(-1), v)
 
 

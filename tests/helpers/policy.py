@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,12 +25,16 @@ def tiny_config(directory: Path, *overrides: str, family: str = "llama", tied: b
 @contextmanager
 def make_policy(config: Config, *, topology: Topology | None = None) -> Iterator[Policy]:
     """A policy with the weights of `config.model.path`; joins a world (of one, without torchrun's environment) unless given."""
-    with nullcontext(topology) if topology is not None else _world(config) as place:
+    with joined(config, topology) as place:
         yield Policy.from_hf(config, place)
 
 
 @contextmanager
-def _world(config: Config) -> Iterator[Topology]:
+def joined(config: Config, topology: Topology | None = None) -> Iterator[Topology]:
+    """`topology`, or a world of its own that is left at the end."""
+    if topology is not None:
+        yield topology
+        return
     topology = init_topology(config.parallel, torch.device("cpu"), seed=config.trainer.seed)
     try:
         yield topology

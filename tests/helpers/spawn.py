@@ -1,4 +1,7 @@
-"""Runs a function on several ranks, each in a process of its own, and brings the results or the tracebacks back."""
+"""Runs a function on several ranks, each in a process of its own, and brings the results or the tracebacks back.
+
+Importing Megatron takes seconds of CPU time. A process that has done it once, and nothing else, is forked for every rank.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+#: Imported before ranks are forked. None of them may start a thread: a lock that it held would stay locked in every rank.
+PRELOADED = ["skyrl_mega.orchestration.layout_check", "skyrl_mega.models.hf_io", "transformers.models.llama.modeling_llama"]
+
 
 def free_port() -> int:
     """A TCP port of this host that was free a moment ago.
@@ -32,25 +38,40 @@ def free_port() -> int:
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """What `fn(rank, *args)` returned, in the order of the ranks.
 
-    Every rank is a fresh process with the environment that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
-    and one torch thread. `fn` must be a module-level function; arguments and results must pickle (return numpy arrays or CPU
-    tensors). Raises AssertionError with the traceback of each rank that failed, and with the stacks of the ranks still running
-    at the deadline. As soon as one rank has failed the others get 10 seconds to fail by themselves.
+    Every rank is a process of its own with this one's environment and what torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT), and one torch thread. `fn` must be a module-level function; arguments and results must pickle
+    (return numpy arrays or CPU tensors). Raises AssertionError with the traceback of each rank that failed, and with the stacks
+    of the ranks still running at the deadline. As soon as one rank has failed the others get 10 seconds to fail by themselves.
     """
-    context = multiprocessing.get_context("spawn")
-    port = free_port()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        processes = [
-            context.Process(target=_run_one, args=(fn, rank, world_size, port, folder, timeout_s, args), daemon=False)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        processes = start_ranks(fn, world_size, folder, timeout_s, *args)
         late = _wait(processes, timeout_s)
+        _say_again(Path(folder), world_size)
         reports = [_report(Path(folder), rank, process.exitcode, rank in late) for rank, process in enumerate(processes)]
     problems = [text for status, text in reports if status == "failed"]
     assert not problems, f"{len(problems)} of {world_size} ranks failed\n" + "\n".join(problems)
     return [value for _, value in reports]
+
+
+def start_ranks(fn: Callable[..., Any], world_size: int, folder: str, timeout_s: float, *args: Any) -> list[Any]:
+    """The processes of the ranks of `run_ranks`, started; what they say, and their results, go to files in `folder`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        context.Process(target=_run_one, args=(fn, rank, environment, folder, timeout_s, args), daemon=False)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _wait(processes: list[Any], timeout_s: float) -> set[int]:
@@ -68,6 +89,15 @@ def _wait(processes: list[Any], timeout_s: float) -> set[int]:
     return late
 
 
+def _say_again(folder: Path, world_size: int) -> None:
+    """Writes what the ranks wrote to where this process writes now: they have what the process they were forked from has."""
+    for descriptor in (1, 2):
+        for rank in range(world_size):
+            said = folder / f"{rank}.{descriptor}"
+            if said.exists():
+                os.write(descriptor, said.read_bytes())
+
+
 def _report(folder: Path, rank: int, exitcode: int | None, late: bool) -> tuple[str, Any]:
     """("ok", value) or ("failed", text) from the files that the rank left."""
     result = folder / f"{rank}.pkl"
@@ -79,16 +109,12 @@ def _report(folder: Path, rank: int, exitcode: int | None, late: bool) -> tuple[
     return "failed", f"--- rank {rank} {why} ---\n{stacks}"
 
 
-def _run_one(fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, timeout_s: float, args: tuple) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
+def _run_one(fn: Callable[..., Any], rank: int, environment: dict[str, str], folder: str, timeout_s: float, args: tuple) -> None:
+    # The process that this one was forked from has the environment of the first call.
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    for descriptor in (1, 2):
+        os.dup2(os.open(f"{folder}/{rank}.{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     import torch
 
     torch.set_num_threads(1)

@@ -12,12 +12,54 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+#: What families with windows add to the settings; Gemma's scale is not that of its head size.
+DENSE_SETTINGS = {
+    "mistral": {"sliding_window": 12},
+    # Caps so low that scores and logits of a random model feel them.
+    "gemma2": {
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 48,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 48,
+    },
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+#: One dense layer, then experts chosen by sigmoid and bias, and two shared ones.
+_SIGMOID_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "num_nextn_predict_layers": 0,
+}
 #: What each mixture-of-experts family adds to the dense settings.
 MOE_SETTINGS = {
     "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
     "qwen2_moe": {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 80},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {**_SIGMOID_EXPERTS, "use_qk_norm": True, "attention_bias": True},
+    "deepseek_v3": {
+        **_SIGMOID_EXPERTS,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 40,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 20,
+        # As DeepSeek's files have it; transformers does not read them, vLLM does.
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+    },
 }
 
 
@@ -44,14 +86,22 @@ def write_tiny_model(
 ) -> Path:
     """Writes a random 2-layer model of `family` and its tokenizer to `path`; returns `path`.
 
-    Families: llama, qwen2, qwen3 and, with 4 experts of which 2 see each token, qwen3_moe, qwen2_moe, mixtral. hidden 64,
-    4 heads, 2 KV heads, head size 32 (qwen2, qwen2_moe: 16), FFN 128, expert FFN 48 (mixtral: 128), vocabulary 272 (padded past
-    the tokenizer's 261). Weights are scaled up so that the distribution is far from uniform and a wrong tensor shows.
+    Families: llama, mistral (window 12), qwen2, qwen3, gemma2 and gemma3_text (window 12 in the first layer) and, with 4 experts
+    of which 2 see each token, qwen3_moe, qwen2_moe, mixtral. hidden 64, 4 heads, 2 KV heads, head size 32 (qwen2, qwen2_moe: 16),
+    FFN 128, expert FFN 48 (mixtral: 128), vocabulary 272 (padded past the tokenizer's 261). Also glm4_moe and,
+    with multi-latent attention, deepseek_v3, both with a dense first layer. Weights are scaled up so that the distribution is far
+    from uniform and a wrong tensor shows.
     """
     import torch
     from transformers import (
         AutoModelForCausalLM,
+        DeepseekV3Config,
+        Gemma2Config,
+        Gemma3TextConfig,
+        GemmaConfig,
+        Glm4MoeConfig,
         LlamaConfig,
+        MistralConfig,
         MixtralConfig,
         Qwen2Config,
         Qwen2MoeConfig,
@@ -75,14 +125,21 @@ def write_tiny_model(
     )
     config_class = {
         "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "gemma2": Gemma2Config,
+        "gemma3_text": Gemma3TextConfig,
+        "gemma": GemmaConfig,  # of the documentation's example
         "qwen2": Qwen2Config,
         "qwen3": Qwen3Config,
         "qwen3_moe": Qwen3MoeConfig,
         "qwen2_moe": Qwen2MoeConfig,
         "mixtral": MixtralConfig,
+        "glm4_moe": Glm4MoeConfig,
+        "deepseek_v3": DeepseekV3Config,
     }[family]
-    if not family.startswith("qwen2"):
+    if not family.startswith(("qwen2", "deepseek")):
         settings["head_dim"] = 32  # the smallest that vLLM has CPU attention kernels for
+    settings.update(DENSE_SETTINGS.get(family, {}))
     settings.update(MOE_SETTINGS.get(family, {}))
     settings.update(overrides)
     torch.manual_seed(seed)
@@ -94,6 +151,9 @@ def write_tiny_model(
             else:
                 parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.08))
     model = model.to(getattr(torch, dtype))
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):  # float32 in files of any dtype
+            module.e_score_correction_bias = torch.randn_like(module.e_score_correction_bias, dtype=torch.float32) * 0.1
     model.config.dtype = getattr(torch, dtype)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)

@@ -9,13 +9,18 @@ from skyrl_mega.config.schema import Config
 from skyrl_mega.data.packing import balance_and_pack
 from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.training.policy import Policy
-from skyrl_mega.types import Metrics
+from skyrl_mega.types import Metrics, TrainBatch
 
 
 def update(policy: Policy, seed: int, *, num_groups: int = 4, pad_to_multiple: int = 1) -> Metrics:
     """One update on the samples of `seed`, which are the same in every layout."""
+    return policy.train_step(packed(policy, seed, num_groups=num_groups, pad_to_multiple=pad_to_multiple))
+
+
+def packed(policy: Policy, seed: int, *, num_groups: int = 4, pad_to_multiple: int = 1) -> TrainBatch:
+    """This rank's share of those samples."""
     topology = policy.topology
-    batch = balance_and_pack(
+    return balance_and_pack(
         random_samples(num_groups, 3, seed=seed),
         tokens_per_micro_batch=64,
         dp_rank=topology.dp_rank,
@@ -24,7 +29,6 @@ def update(policy: Policy, seed: int, *, num_groups: int = 4, pad_to_multiple: i
         share_prompts=True,
         pad_to_multiple=pad_to_multiple,
     )
-    return policy.train_step(batch)
 
 
 def clones(policy: Policy) -> dict[str, torch.Tensor]:

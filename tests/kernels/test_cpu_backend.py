@@ -36,12 +36,13 @@ class Case:
     floor: torch.Tensor | None
     lse: torch.Tensor
     coefficients: torch.Tensor
+    softcap: float = 0.0
 
     def inputs(self):
         return self.hidden, self.weight, self.bias, self.columns, self.floor
 
 
-def make_case(num_rows, num_columns, width, dtype, *, bias=False, floor=False, offset=0.0, seed=0):
+def make_case(num_rows, num_columns, width, dtype, *, bias=False, floor=False, offset=0.0, softcap=0.0, seed=0):
     """Logits of about +-4 around `offset`; the log-sum-exp is the float64 one."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_rows, width, generator=generator).to(dtype)
@@ -56,6 +57,7 @@ def make_case(num_rows, num_columns, width, dtype, *, bias=False, floor=False, o
         torch.randn(num_rows, generator=generator) + offset if floor else None,
         torch.zeros(num_rows),
         torch.randn(3, num_rows, generator=generator),
+        softcap,
     )
     exact = formula_statistics(case, torch.float64)
     case.lse = torch.where(exact[0].isneginf(), 0.0, exact[0] + exact[1].log()).float()
@@ -67,6 +69,8 @@ def formula_logits(case, dtype):
     logits_NU = (case.hidden.to(dtype) @ case.weight.to(dtype).t()).to(torch.promote_types(dtype, torch.float32))
     if case.bias is not None:
         logits_NU = logits_NU + case.bias
+    if case.softcap:
+        logits_NU = case.softcap * torch.tanh(logits_NU / case.softcap)
     logits_NU = logits_NU / TEMPERATURE
     own_NU = torch.arange(case.weight.shape[0]) == case.columns[:, None]
     taking_part_NU = torch.ones_like(own_NU) if case.floor is None else (logits_NU >= case.floor[:, None]) | own_NU
@@ -89,12 +93,16 @@ def formula_gradients(case, dtype):
     a_N1, b_N1, c_N1 = case.coefficients.to(logits_NU.dtype)[:, :, None]
     logprobs_NU = logits_NU - case.lse[:, None]
     grad_NU = (logprobs_NU.exp() * (a_N1 + b_N1 * logprobs_NU)).masked_fill(~taking_part_NU, 0.0)
-    grad_NU = ((grad_NU + c_N1 * own_NU) / TEMPERATURE).to(dtype)
+    grad_NU = (grad_NU + c_N1 * own_NU) / TEMPERATURE
+    if case.softcap:
+        grad_NU = grad_NU * (1 - (logits_NU * TEMPERATURE / case.softcap) ** 2)
+    grad_NU = grad_NU.to(dtype)
     return grad_NU @ case.weight.to(dtype), grad_NU.t() @ case.hidden.to(dtype), grad_NU.sum(0)
 
 
 def run_statistics(case, *, with_entropy=True, top_k=0):
-    return cpu.statistics(*case.inputs(), temperature=TEMPERATURE, with_entropy=with_entropy, top_k=top_k, chunk_tokens=64)
+    settings = dict(with_entropy=with_entropy, top_k=top_k, chunk_tokens=64, softcap=case.softcap)
+    return cpu.statistics(*case.inputs(), temperature=TEMPERATURE, **settings)
 
 
 def run_gradients(case, *, weight_dtype=torch.float32, initial=None):
@@ -112,6 +120,7 @@ def run_gradients(case, *, weight_dtype=torch.float32, initial=None):
         grad_bias_U=grad_bias,
         accumulate=accumulate,
         chunk_tokens=64,
+        softcap=case.softcap,
     )
     return grad_hidden, grad_weight, grad_bias
 
@@ -150,6 +159,33 @@ def test_statistics_and_gradients_match_float64(num_rows, num_columns, width, dt
     case = make_case(num_rows, num_columns, width, dtype, bias=bias, floor=floor)
     assert_statistics_match(case)
     assert_gradients_match(case)
+
+
+@DTYPES
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 1e4], ids=["saturated", "curved", "far off"])
+@pytest.mark.parametrize("floor", [False, True], ids=["", "floor"])
+def test_capped_logits_and_their_gradients_match_float64(softcap, dtype, floor):
+    case = make_case(70, 1300, 33, dtype, bias=True, floor=floor, softcap=softcap)
+    assert run_statistics(case)[0][0].max() <= softcap / TEMPERATURE
+    assert_statistics_match(case)
+    assert_gradients_match(case)
+
+
+def test_capped_logits_keep_the_digits_of_small_ones():
+    case = make_case(64, 1300, 8, torch.float32, softcap=30.0)
+    case.weight.mul_(torch.logspace(-6, 1, 1300)[:, None])
+    ours, exact = run_statistics(case, top_k=1300)[1], formula_logits(case, torch.float64)[0]
+    # Relative to the logit itself: a few units in the last place beside the dot product's own error.
+    allowed = 4e-7 * exact.abs() + 3e-7 * (case.hidden.abs() @ case.weight.abs().t()) / TEMPERATURE
+    columns = exact.sort(1, descending=True).indices
+    assert ((ours - exact.gather(1, columns)).abs() <= allowed.gather(1, columns)).all()
+
+
+def test_a_column_biased_to_minus_infinity_has_the_logit_minus_cap():
+    case = make_case(20, 300, 24, torch.float32, bias=True, softcap=2.0)
+    case.bias[17] = -torch.inf
+    assert_statistics_match(case)
+    assert (run_gradients(case)[1][17] == 0).all()  # saturated: its slope is 0
 
 
 @DTYPES
@@ -268,15 +304,25 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("floor", [False, True], ids=["", "floor"])
 def test_chunk_functions_equal_the_ones_that_recompute(num_rows, num_columns, width, dtype, bias, floor):
-    case = make_case(num_rows, num_columns, width, dtype, bias=bias, floor=floor)
+    assert_chunks_equal_recomputation(make_case(num_rows, num_columns, width, dtype, bias=bias, floor=floor))
+
+
+@DTYPES
+def test_chunk_functions_equal_the_ones_that_recompute_capped_logits(dtype):
+    assert_chunks_equal_recomputation(make_case(130, 1300, 65, dtype, bias=True, floor=True, softcap=3.0))
+
+
+def assert_chunks_equal_recomputation(case):
+    num_rows, num_columns, dtype = case.hidden.shape[0], case.weight.shape[0], case.hidden.dtype
     workspace = torch.full((cpu.workspace_size(num_rows, num_columns, dtype),), torch.nan)
-    packed = cpu.chunk_statistics(*case.inputs(), workspace, temperature=TEMPERATURE, with_entropy=True)
+    settings = dict(temperature=TEMPERATURE, softcap=case.softcap)
+    packed = cpu.chunk_statistics(*case.inputs(), workspace, with_entropy=True, **settings)
     assert torch.equal(packed, run_statistics(case)[0])
     grad_hidden = torch.full(case.hidden.shape, torch.nan)
     grad_weight, grad_bias = torch.full(case.weight.shape, 2.0), torch.full((num_columns,), 2.0)
     cpu.chunk_gradients(
         *(case.hidden, case.weight, case.columns, case.floor, case.lse, case.coefficients, workspace),
-        temperature=TEMPERATURE,
+        **settings,
         grad_hidden_CH=grad_hidden,
         grad_weight_UH=grad_weight,
         grad_bias_U=grad_bias,

@@ -162,12 +162,13 @@ def tensor_parallel_rank(rank: int, backend: str) -> None:
     torch.distributed.init_process_group("gloo")
     # 97: the last shard is ragged. 50: with two ranks the second holds nothing but padding.
     for dtype, vocab_size in [(torch.float32, 97), (torch.float32, 50), (torch.bfloat16, 97)]:
-        compare_shard_with_whole_vocabulary(rank, dtype, vocab_size)
+        compare_shard_with_whole_vocabulary(rank, dtype, vocab_size, None)
         compare_sequence_parallel(rank, dtype, vocab_size)
+    compare_shard_with_whole_vocabulary(rank, torch.float32, 97, 1.5)
     torch.distributed.destroy_process_group()
 
 
-def compare_shard_with_whole_vocabulary(rank: int, dtype: torch.dtype, vocab_size: int) -> None:
+def compare_shard_with_whole_vocabulary(rank: int, dtype: torch.dtype, vocab_size: int, softcap: float | None) -> None:
     """One rank's outputs and gradients against those of the whole vocabulary in one process, in float64 and in `dtype`."""
     hidden, weight, labels, grads = make_case(dtype=dtype, vocab=100)
     labels = labels % vocab_size
@@ -175,6 +176,7 @@ def compare_shard_with_whole_vocabulary(rank: int, dtype: torch.dtype, vocab_siz
     width = 100 // torch.distributed.get_world_size()
     columns = slice(rank * width, (rank + 1) * width)
     settings = dict(temperature=0.8, return_entropy=True, loss_mask=mask, vocab_size=vocab_size, chunk_tokens=5)
+    settings["logit_softcap"] = softcap
     group = torch.distributed.group.WORLD
     ours = run_with_grads(linear_logprobs, hidden, weight[columns], labels, grads, tp_group=group, **settings)
     for reference in (hidden, hidden.double()):
@@ -321,13 +323,13 @@ def test_the_custom_ops_keep_the_dispatchers_rules(backend):
     mask = torch.arange(9) % 3 > 0
     with_grads = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
     torch.library.opcheck(
-        linear_logprobs_op, (*with_grads, None, labels, mask, None, 0.7, 0, 21, "", False, True, 2, 4, False, backend)
+        linear_logprobs_op, (*with_grads, None, labels, mask, None, 0.7, 0, 21, "", False, True, 2, 4, False, backend, 1.5)
     )
     torch.library.opcheck(
         linear_logprobs_backward_op,
         (
             *(hidden, weight, None, labels, mask, None, torch.ones(9), torch.ones(3, 9)),
-            *(0.7, 0, 21, "", False, True, torch.zeros(21, 8), None, True, 4, False, backend),
+            *(0.7, 0, 21, "", False, True, torch.zeros(21, 8), None, True, 4, False, backend, 1.5),
         ),
     )
 

@@ -7,7 +7,7 @@ import torch
 
 from helpers.lm_head import make_case, require
 from helpers.spawn import run_ranks
-from skyrl_mega.algorithms.loss import policy_objective
+from skyrl_mega.algorithms.loss import Objective
 from skyrl_mega.algorithms.policy_losses import LossInputs
 from skyrl_mega.config.schema import AlgorithmConfig, KLConfig
 from skyrl_mega_kernels.linear_logprobs import linear_logprobs
@@ -43,7 +43,7 @@ def objective(labels, index, logprobs, entropy):
         entropy=entropy,
         ref_logprobs=ref[index].to(logprobs.dtype),
     )
-    loss, stats = policy_objective(ALGORITHM, inputs, weights[index].to(logprobs.dtype))
+    loss, stats = Objective(ALGORITHM)(inputs, weights[index].to(logprobs.dtype))
     return loss, {**stats.sums, "tokens": torch.tensor(float(len(index)))}
 
 
@@ -168,11 +168,12 @@ def tensor_parallel_rank(rank: int, backend: str) -> None:
     torch.distributed.init_process_group("gloo")
     ranks, group = torch.distributed.get_world_size(), torch.distributed.group.WORLD
     width = 100 // ranks
-    for dtype, vocab_size in [(torch.float32, 97), (torch.float32, 50), (torch.bfloat16, 97)]:
+    cases = [(torch.float32, 97, None), (torch.float32, 97, 1.5), (torch.float32, 50, None), (torch.bfloat16, 97, None)]
+    for dtype, vocab_size, softcap in cases:
         hidden, weight, labels, _ = make_case(dtype=dtype, vocab=100)
         labels = labels % vocab_size
         columns = slice(rank * width, (rank + 1) * width)
-        settings = dict(vocab_size=vocab_size, temperature=0.8, chunk_tokens=8)
+        settings = dict(vocab_size=vocab_size, temperature=0.8, chunk_tokens=8, logit_softcap=softcap)
         ours, _ = one_pass(hidden, weight[columns], labels, tp_group=group, **settings)
         whole, _ = one_pass(hidden, weight, labels, **settings)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2

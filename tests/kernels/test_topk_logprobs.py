@@ -97,7 +97,7 @@ def test_the_custom_ops_keep_the_dispatchers_rules():
     ids, mask = teacher_ids(9, 3, 21), torch.arange(9) % 3 > 0
     with_grads = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
     for given in (ids, None):
-        torch.library.opcheck(topk_logprobs_op, (*with_grads, None, given, 3, mask, 0.7, 0, 21, "", 4, "reference"))
+        torch.library.opcheck(topk_logprobs_op, (*with_grads, None, given, 3, mask, 0.7, 0, 21, "", 4, "reference", 1.5))
     buffers = (torch.zeros(21, 8), torch.zeros(21))
     torch.library.opcheck(topk_sparse_backward_op, (hidden, weight, ids, torch.ones(9, 3), mask, 0, 21, "", *buffers))
 

@@ -35,6 +35,7 @@ WARPS_WANTED = {
     "logits_statistics": 8,
     "logits_gradients": 16,
     "segmented_scan": 8,
+    "policy_loss": 8,
 }
 
 

@@ -24,6 +24,7 @@ class Case:
     floor_N: torch.Tensor | None
     coefficients_3N: torch.Tensor
     temperature: float = 1.0
+    softcap: float = 0.0
 
     def rows(self, rows: slice | torch.Tensor) -> Case:
         """The same with some of the rows."""
@@ -74,7 +75,8 @@ class Results:
 def logits_of(case: Case, dtype: torch.dtype) -> torch.Tensor:
     """Tempered logits, the matmul in `dtype` and the rest in float32 or better."""
     logits = (case.hidden_NH.to(dtype) @ case.weight_UH.to(dtype).t()).to(torch.promote_types(dtype, torch.float32))
-    return (logits if case.bias_U is None else logits + case.bias_U.to(logits.dtype)) / case.temperature
+    logits = logits if case.bias_U is None else logits + case.bias_U.to(logits.dtype)
+    return (case.softcap * torch.tanh(logits / case.softcap) if case.softcap else logits) / case.temperature
 
 
 def definition(case: Case, dtype: torch.dtype = torch.float64, lse_N: torch.Tensor | None = None) -> Results:
@@ -95,6 +97,8 @@ def definition(case: Case, dtype: torch.dtype = torch.float64, lse_N: torch.Tens
     a, b, c = case.coefficients_3N.to(logits.dtype)[:, :, None]
     probs = torch.where(included, (logits - lse).exp(), 0)
     dz = torch.where(included, probs * (a + b * (logits - lse)), 0) + torch.where(at_label, c, 0)
+    if case.softcap:
+        dz = dz * (1 - (logits * case.temperature / case.softcap) ** 2)
     dz = (dz / case.temperature).to(dtype)
     return Results(packed, dz @ case.weight_UH.to(dtype), dz.t() @ case.hidden_NH.to(dtype), dz.sum(0))
 
@@ -107,6 +111,7 @@ def statistics(case: Case, *, with_entropy: bool = True, top_k: int = 0, chunk_t
         with_entropy=with_entropy,
         top_k=top_k,
         chunk_tokens=chunk_tokens,
+        softcap=case.softcap,
     )
 
 
@@ -137,6 +142,7 @@ def whole(case: Case, *, workspace_bytes: int = linear.WORKSPACE_BYTES, weight_d
         accumulate=False,
         chunk_tokens=1024,
         workspace_bytes=workspace_bytes,
+        softcap=case.softcap,
     )
     return Results(packed, *grads)
 
@@ -155,6 +161,7 @@ def by_chunks(case: Case, chunk_tokens: int) -> Results:
                 *(chunk.hidden_NH, chunk.weight_UH, chunk.bias_U, chunk.columns_N, chunk.floor_N, workspace),
                 temperature=case.temperature,
                 with_entropy=True,
+                softcap=case.softcap,
             )
         )
         linear.chunk_gradients(
@@ -164,6 +171,7 @@ def by_chunks(case: Case, chunk_tokens: int) -> Results:
             grad_hidden_CH=grad_hidden[start : start + chunk_tokens],
             grad_weight_UH=grad_weight,
             grad_bias_U=grad_bias,
+            softcap=case.softcap,
         )
     return Results(torch.cat(packed, 1), grad_hidden, grad_weight, grad_bias)
 

@@ -1,5 +1,7 @@
 """Claims about the Triton kernels, run in its interpreter: `test_triton_interpreter.py` starts this file in its own process."""
 
+import dataclasses
+
 import pytest
 import torch
 import triton_interpreter_patches as patches
@@ -15,9 +17,12 @@ from triton_cases import (
     whole,
 )
 
+from helpers.policy_loss_cases import assert_as_good_as_torch, random_case, run
 from skyrl_mega_kernels import triton_targets
 from skyrl_mega_kernels.linear_logprobs import triton as linear
 from skyrl_mega_kernels.logits_logprobs import triton as logits_logprobs
+from skyrl_mega_kernels.policy_loss import LOSSES
+from skyrl_mega_kernels.policy_loss import triton as policy_loss
 from skyrl_mega_kernels.segmented_gae import triton as segmented_gae
 from skyrl_mega_kernels.triton_targets import CHIPS
 
@@ -36,6 +41,17 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def test_statistics_and_gradients_are_as_good_as_eager_with_bias_floor_and_temperature(dtype, hidden_size, num_rows):
     case = make_case(num_rows, hidden_size, 300, dtype, bias=True, floor=True, temperature=0.7)
     assert_as_good_as_eager(case, whole(case))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    [(torch.float32, 0.5), (torch.bfloat16, 2.0), (torch.float32, 1e4)],
+    ids=["saturated", "bf16", "far off"],
+)
+def test_capped_logits_are_as_good_as_eager_recomputed_and_kept(dtype, softcap):
+    case = dataclasses.replace(make_case(17, 70, 200, dtype, bias=True, floor=True, temperature=0.7), softcap=softcap)
+    assert_as_good_as_eager(case, whole(case))
+    assert_as_good_as_eager(case, by_chunks(case, 16))
 
 
 @DTYPES
@@ -152,6 +168,9 @@ def test_top_k_of_the_linear_head_is_that_of_its_logits_and_pads_a_small_vocabul
     true, at = logits_of(case, torch.float64).topk(5)
     torch.testing.assert_close(values.double(), true, rtol=1e-5, atol=1e-5)
     assert torch.equal(columns, at)
+    capped = dataclasses.replace(case, softcap=2.0)
+    values = statistics(capped, top_k=5, chunk_tokens=3)[1]
+    torch.testing.assert_close(values.double(), logits_of(capped, torch.float64).topk(5).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed, statistics(case)[0], rtol=1e-5, atol=1e-5)
     _, values, columns = statistics(make_case(1, 64, 3, dtype), top_k=5)
     assert columns[0, 3:].tolist() == [-1, -1]
@@ -240,9 +259,18 @@ def test_segmented_scan_follows_the_recurrence(lengths):
     torch.testing.assert_close(segmented_gae.segmented_scan(decay, values, cu_seqlens).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_policy_losses_have_the_sums_and_gradients_of_their_definitions(name):
+    for lengths in ([5], [1, 0, 3, 1024, 1100, 0]):
+        assert_as_good_as_torch(name, random_case(lengths), "triton")
+    assert_as_good_as_torch(name, random_case([7, 90], spread=1e-4), "triton", options={})
+    result = run(name, random_case([]), "triton")
+    assert [float(value) for value in (result.loss, *result.stats.values())] == [0.0] * (1 + len(result.stats))
+
+
 def test_backends_say_that_they_can_run_here_and_what_they_cannot():
     cpu = torch.device("cpu")
-    for module in (linear, logits_logprobs, segmented_gae):
+    for module in (linear, logits_logprobs, segmented_gae, policy_loss):
         assert module.unavailable(cpu, torch.float32) is None
         assert "not torch.float64" in module.unavailable(cpu, torch.float64)
         assert "not on meta" in module.unavailable(torch.device("meta"), torch.float32)

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrl_mega.algorithms.loss import mean_stats, policy_objective
-from skyrl_mega.algorithms.policy_losses import LossInputs, ppo_clip_loss
-from skyrl_mega.algorithms.reductions import reduction_weights
+from skyrl_mega.algorithms.loss import Objective, mean_stats
+from skyrl_mega.algorithms.policy_losses import LossInputs
+from skyrl_mega.algorithms.policy_losses.ppo import ppo_clip
+from skyrl_mega.algorithms.reductions import REDUCTIONS, Totals, reduction_weights
 from skyrl_mega.config.schema import AlgorithmConfig, KLConfig
 from skyrl_mega.errors import ConfigError
 
@@ -33,21 +34,21 @@ def make_tokens(num_tokens, seed=0, dtype=torch.float64):
     }
 
 
-def oracle(tokens, weights, config):
+def oracle(tokens, weights, config, clip_low=0.2, clip_high=0.28):
     """The papers' formulas, token by token, in numpy float64: the objective and its parts."""
     parts = dict.fromkeys(("policy", "kl", "entropy", "ratio", "clip_low", "clip_high", "approx_kl", "mismatch"), 0.0)
     t = {name: tensor.numpy() for name, tensor in tokens.items()}
     for i in np.flatnonzero(t["loss_mask"]):
         ratio, advantage, w = np.exp(t["logprobs"][i] - t["old_logprobs"][i]), t["advantages"][i], float(weights[i])
-        clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+        clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
         parts["policy"] -= w * min(ratio * advantage, clipped * advantage)
         log_r = t["ref_logprobs"][i] - t["logprobs"][i]
         kl = {"k1": -log_r, "k2": log_r**2 / 2, "k3": np.exp(log_r) - 1 - log_r}[config.kl.estimator]
         parts["kl"] += w * config.kl.coef * kl
         parts["entropy"] -= w * config.entropy_coef * t["entropy"][i]
         parts["ratio"] += w * ratio
-        parts["clip_low"] += w * (advantage < 0 and ratio < 1 - config.clip_low)
-        parts["clip_high"] += w * (advantage > 0 and ratio > 1 + config.clip_high)
+        parts["clip_low"] += w * (advantage < 0 and ratio < 1 - clip_low)
+        parts["clip_high"] += w * (advantage > 0 and ratio > 1 + clip_high)
         parts["approx_kl"] += w * (ratio - 1 - np.log(ratio))
         parts["mismatch"] += w * abs(t["old_logprobs"][i] - t["rollout_logprobs"][i])
     return parts
@@ -56,13 +57,13 @@ def oracle(tokens, weights, config):
 def run(tokens, weights, config):
     """(loss, stats, gradients of logprobs and entropy)."""
     leaves = {name: tokens[name].clone().requires_grad_() for name in ("logprobs", "entropy")}
-    loss, stats = policy_objective(config, LossInputs(**{**tokens, **leaves}), weights)
+    loss, stats = Objective(config)(LossInputs(**{**tokens, **leaves}), weights)
     loss.backward()
     grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
     return loss.detach(), stats, grads
 
 
-CONFIG = AlgorithmConfig(clip_low=0.2, clip_high=0.28, entropy_coef=0.01, kl=KLConfig(coef=0.05, estimator="k3"))
+CONFIG = AlgorithmConfig(entropy_coef=0.01, kl=KLConfig(coef=0.05, estimator="k3"))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -113,7 +114,7 @@ def test_clipping_by_hand():
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     logprobs = ratio.log().requires_grad_()
     inputs = LossInputs(logprobs, torch.zeros(4), torch.zeros(4), advantages, torch.ones(4, dtype=torch.bool))
-    loss, stats = ppo_clip_loss(inputs, 0.2, 0.28)
+    loss, stats = ppo_clip(inputs, clip_low=0.2, clip_high=0.28)
     torch.testing.assert_close(loss, torch.tensor([-0.5, 0.8, -1.28, 1.5]))
     loss.sum().backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([-0.5, 0.0, 0.0, 1.5]))
@@ -124,7 +125,9 @@ def test_clipping_by_hand():
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     tokens = make_tokens(50)
     tokens["old_logprobs"] = tokens["logprobs"]
-    weights = reduction_weights("token_mean", tokens["loss_mask"], torch.tensor([0, 50]), torch.tensor([35.0]), 35, 1)
+    weights = reduction_weights(
+        "token_mean", tokens["loss_mask"], torch.tensor([0, 50]), torch.tensor([35.0]), None, Totals(35, 1, 1)
+    )
     _, stats, grads = run(tokens, weights, AlgorithmConfig())
     torch.testing.assert_close(grads[0], -tokens["advantages"] * weights, rtol=1e-12, atol=0)
     assert stats.sums["policy/approx_kl"] == 0
@@ -150,7 +153,7 @@ def test_a_ratio_beyond_float32_gives_a_finite_loss_and_gradient():
         torch.tensor([0.0, 0.0], requires_grad=True), torch.tensor([-500.0, -500.0]), torch.zeros(2), torch.tensor([0.0, -1.0]),
         torch.ones(2, dtype=torch.bool),
     )  # fmt: skip
-    loss, _ = policy_objective(AlgorithmConfig(), inputs, torch.full((2,), 0.5))
+    loss, _ = Objective(AlgorithmConfig())(inputs, torch.full((2,), 0.5))
     loss.backward()
     assert loss.isfinite()
     assert inputs.logprobs.grad.isfinite().all()
@@ -167,26 +170,29 @@ def packed_batches(draw):
     return lengths, bins, draw(st.integers(0, 10_000))
 
 
-def micro_batch(sequences, members, reduction, num_loss_tokens, num_sequences):
+def micro_batch(sequences, members, reduction, totals, groups):
     tokens = {name: torch.cat([sequences[i][name] for i in members]) for name in FIELDS}
     cu_seqlens = torch.tensor([0, *np.cumsum([len(sequences[i]["logprobs"]) for i in members])], dtype=torch.int32)
     loss_tokens = torch.tensor([float(sequences[i]["loss_mask"].sum()) for i in members])
-    return tokens, reduction_weights(reduction, tokens["loss_mask"], cu_seqlens, loss_tokens, num_loss_tokens, num_sequences)
+    counts = [float(s["loss_mask"].sum()) for s in sequences]
+    group_tokens = torch.tensor([sum(counts[j] for j in range(len(counts)) if groups[j] == groups[i]) for i in members])
+    return tokens, reduction_weights(reduction, tokens["loss_mask"], cu_seqlens, loss_tokens, group_tokens, totals)
 
 
 @settings(max_examples=60, deadline=None)
-@given(packed_batches(), st.sampled_from(["token_mean", "sequence_mean"]))
+@given(packed_batches(), st.sampled_from(list(REDUCTIONS)))
 def test_any_split_into_micro_batches_gives_the_same_loss_gradients_and_statistics(batch, reduction):
     lengths, bins, seed = batch
     sequences = [make_tokens(length, seed + i) for i, length in enumerate(lengths)]
-    totals = (sum(int(s["loss_mask"].sum()) for s in sequences), len(sequences))
+    groups = [i // 2 for i in range(len(sequences))]
+    totals = Totals(sum(int(s["loss_mask"].sum()) for s in sequences), len(sequences), len(set(groups)), constant_length=7)
     everything = list(range(len(lengths)))
-    whole_loss, whole_stats, whole_grads = run(*micro_batch(sequences, everything, reduction, *totals), CONFIG)
+    whole_loss, whole_stats, whole_grads = run(*micro_batch(sequences, everything, reduction, totals, groups), CONFIG)
 
     loss, sums, grads = torch.zeros(()), {}, {}
     for number in set(bins):
         members = [i for i in everything if bins[i] == number]
-        part_loss, stats, part_grads = run(*micro_batch(sequences, members, reduction, *totals), CONFIG)
+        part_loss, stats, part_grads = run(*micro_batch(sequences, members, reduction, totals, groups), CONFIG)
         loss = loss + part_loss
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in stats.sums.items()}
         pieces = [torch.split(grad, [lengths[i] for i in members]) for grad in part_grads]
@@ -203,16 +209,32 @@ def test_token_mean_is_the_mean_over_tokens_and_sequence_mean_over_sequences():
     mask = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1], dtype=torch.bool)
     cu_seqlens, loss_tokens = torch.tensor([0, 3, 3, 5, 8], dtype=torch.int32), torch.tensor([2.0, 0.0, 1.0, 3.0])
     value = torch.arange(8.0)
-    token = (reduction_weights("token_mean", mask, cu_seqlens, loss_tokens, 6, 3) * value).sum()
-    sequence = (reduction_weights("sequence_mean", mask, cu_seqlens, loss_tokens, 6, 3) * value).sum()
+    totals = Totals(6, 3, 3)
+    token = (reduction_weights("token_mean", mask, cu_seqlens, loss_tokens, loss_tokens, totals) * value).sum()
+    sequence = (reduction_weights("sequence_mean", mask, cu_seqlens, loss_tokens, loss_tokens, totals) * value).sum()
     torch.testing.assert_close(token, value[mask].mean())
     torch.testing.assert_close(sequence, torch.tensor((0.5 + 3.0 + 6.0) / 3))
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_sequence_sum_norm_divides_by_a_constant_and_prompt_mean_averages_prompts():
+    mask, cu_seqlens = torch.ones(6, dtype=torch.bool), torch.tensor([0, 3, 4, 6], dtype=torch.int32)
+    tokens, group_tokens = (
+        torch.tensor([3.0, 1.0, 2.0]),
+        torch.tensor([4.0, 4.0, 2.0]),
+    )  # two samples of one prompt, one of another
+    value, totals = torch.arange(6.0), Totals(6, 3, 2, constant_length=10)
+    summed = (reduction_weights("sequence_sum_norm", mask, cu_seqlens, tokens, group_tokens, totals) * value).sum()
+    torch.testing.assert_close(summed, torch.tensor((3.0 + 3.0 + 9.0) / 10 / 3))
+    prompts = (reduction_weights("prompt_mean", mask, cu_seqlens, tokens, group_tokens, totals) * value).sum()
+    torch.testing.assert_close(prompts, torch.tensor((6.0 / 4 + 9.0 / 2) / 2))
+    with pytest.raises(ConfigError, match=r"algorithm.reduction_length \(0\) must be at least 1"):
+        reduction_weights("sequence_sum_norm", mask, cu_seqlens, tokens, group_tokens, Totals(6, 3, 2))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_micro_batch_of_padding_weighs_nothing(reduction):
     mask = torch.zeros(4, dtype=torch.bool)
-    weights = reduction_weights(reduction, mask, torch.tensor([0, 4]), torch.zeros(1), 0, 0)
+    weights = reduction_weights(reduction, mask, torch.tensor([0, 4]), torch.zeros(1), torch.zeros(1), Totals(0, 0, 0, 5))
     assert (weights == 0).all()
     tokens = {**make_tokens(4), "loss_mask": mask}
     loss, stats, _ = run(tokens, weights, CONFIG)
@@ -224,7 +246,9 @@ def test_averages_are_not_diluted_by_samples_left_out_of_compute():
     tokens = {**make_tokens(10), "loss_mask": torch.ones(10, dtype=torch.bool)}
     tokens["old_logprobs"] = tokens["logprobs"]
     # 40 loss tokens in the update; 30 of them belong to samples whose advantages are all zero.
-    weights = reduction_weights("token_mean", tokens["loss_mask"], torch.tensor([0, 10]), torch.tensor([10.0]), 40, 4)
+    weights = reduction_weights(
+        "token_mean", tokens["loss_mask"], torch.tensor([0, 10]), torch.tensor([10.0]), None, Totals(40, 4, 4)
+    )
     _, stats, _ = run(tokens, weights, AlgorithmConfig())
     metrics = mean_stats({name: float(value) for name, value in stats.sums.items()})
     assert metrics["weight/sum"] == pytest.approx(0.25)
@@ -238,16 +262,18 @@ def test_terms_switched_on_without_their_input_are_errors():
     weights = torch.ones(3)
     del tokens["ref_logprobs"]
     with pytest.raises(ConfigError, match=r"algorithm.kl.coef \(0.1\) needs ref_logprobs"):
-        policy_objective(AlgorithmConfig(kl=KLConfig(coef=0.1)), LossInputs(**tokens), weights)
+        Objective(AlgorithmConfig(kl=KLConfig(coef=0.1)))(LossInputs(**tokens), weights)
     del tokens["entropy"]
     with pytest.raises(ConfigError, match=r"algorithm.entropy_coef \(0.5\) needs the entropy"):
-        policy_objective(AlgorithmConfig(entropy_coef=0.5), LossInputs(**tokens), weights)
-    assert "policy/entropy" not in policy_objective(AlgorithmConfig(), LossInputs(**tokens), weights)[1].sums
+        Objective(AlgorithmConfig(entropy_coef=0.5))(LossInputs(**tokens), weights)
+    assert "policy/entropy" not in Objective(AlgorithmConfig())(LossInputs(**tokens), weights)[1].sums
 
 
 @pytest.mark.parametrize("change", [{"policy_loss": "ppo_clipp"}, {"kl": KLConfig(coef=0.1, estimator="k33")}])
 def test_unknown_names_are_refused(change):
     with pytest.raises(ConfigError, match="Did you mean"):
-        policy_objective(AlgorithmConfig(**change), LossInputs(**make_tokens(3)), torch.ones(3))
+        Objective(AlgorithmConfig(**change))
     with pytest.raises(ConfigError, match=r"algorithm.reduction \('token_men'\).*Did you mean 'token_mean'"):
-        reduction_weights("token_men", torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]), torch.ones(1), 1, 1)
+        reduction_weights(
+            "token_men", torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]), torch.ones(1), None, Totals(1, 1, 1)
+        )

@@ -19,6 +19,8 @@ from skyrl_mega.parallel.device import install_megatron_cpu_shim
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCALE = 0.3
+#: Packs whose values have another head size than their queries and keys, as in multi-latent attention.
+VALUE_DIM = {"ragged": 10, "long_and_short": 24, "shared_twice": 24, "shared_long": 10}
 
 #: lengths, prefix segments
 PACKS = {
@@ -68,10 +70,36 @@ def _dense(pack):
 def test_attention_equals_dense_float64_however_it_is_packed_shared_and_split(name, size):
     pack = make_pack(*PACKS[name])
     heads = (4, 4) if name == "ragged" else (6, 2)
-    qkv = random_qkv(pack.num_tokens, *heads)
+    qkv = random_qkv(pack.num_tokens, *heads, value_dim=VALUE_DIM.get(name))
     got = with_gradients(partial(_attend_in_parts, _sdpa, pack, size), qkv)
     for x, y in zip(got, with_gradients(_dense(pack), qkv), strict=True):
         torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-5)
+
+
+#: window, soft cap. 1 sees itself alone; 12 lies inside trunks and branches; 70 beyond a block of queries.
+SIGHTS = [(1, None), (12, None), (70, None), (None, 2.0), (12, 2.0), (1000, 2.0)]
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ["equal_lengths", "ragged", "long_and_short", "shared_twice", "shared_long"])
+def test_windows_and_soft_caps_equal_dense_float64(name, size, sight):
+    window, softcap = sight
+    pack = make_pack(*PACKS[name])
+    qkv = random_qkv(pack.num_tokens)
+    attend = partial(packed_sdpa, scale=SCALE, window=window, softcap=softcap)
+    got = with_gradients(partial(_attend_in_parts, attend, pack, size), qkv)
+    dense = partial(dense_attention, sees=visible(pack, window), scale=SCALE, softcap=softcap)
+    for x, y in zip(got, with_gradients(dense, qkv), strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_one_pack_share_its_layout_and_have_masks_of_their_own():
+    layout = _layout(make_pack(*PACKS["shared_long"]))
+    shared = [bucket for bucket in layout.buckets if bucket.has_prefixes]
+    full, narrow, again = ([bucket.mask(window) for bucket in shared] for window in (None, 12, None))
+    assert all(x is y for x, y in zip(full, again, strict=True))
+    assert all(not torch.equal(x, y) for x, y in zip(full, narrow, strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -97,8 +125,24 @@ def test_attention_equals_dense_float64_on_random_groups(seed, size):
 # ---- kernels of CUDA: their index arithmetic, on stand-ins with the same contract ------------------------------------------
 
 
-def _varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal):
-    """flash-attn's contract: sequence i's queries see sequence i's keys, causally, aligned to the bottom right."""
+def _varlen_stand_in(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    *,
+    softmax_scale,
+    causal,
+    window_size=(-1, -1),
+    softcap=0.0,
+):
+    """flash-attn's contract: sequence i's queries see sequence i's keys, causally, aligned to the bottom right.
+
+    A window (left, right) counts keys beside the query's own, -1 for all; a soft cap of 0 is none.
+    """
     assert causal
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert (q.size(0), k.size(0)) == (int(cu_seqlens_q[-1]), int(cu_seqlens_k[-1]))
@@ -109,16 +153,37 @@ def _varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     from_end_q = cu_seqlens_q[1:].long()[of_query] - torch.arange(len(of_query))
     from_end_k = cu_seqlens_k[1:].long()[of_key] - torch.arange(len(of_key))
     sees = (of_query[:, None] == of_key[None, :]) & (from_end_k[None, :] >= from_end_q[:, None])
-    return dense_attention(q, k, v, sees, softmax_scale)
+    if window_size[0] >= 0:
+        assert window_size[1] == 0
+        sees &= from_end_k[None, :] - from_end_q[:, None] <= window_size[0]
+    return dense_attention(q, k, v, sees, softmax_scale, softcap or None)
+
+
+def _flash_stand_in(q, k, v, *args, **kwargs):
+    assert q.size(2) == k.size(2) == v.size(2), "flash-attn 2 takes one head size"
+    return _varlen_stand_in(q, k, v, *args, **kwargs)
 
 
 class _TransformerEngineStandIn(torch.nn.Module):
     """The part of Megatron's TEDotProductAttention that we use; masks as in TransformerEngine's documentation."""
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, *, softmax_scale, cp_comm_type, pg_collection):
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        *,
+        softmax_scale,
+        k_channels,
+        v_channels,
+        cp_comm_type,
+        pg_collection,
+    ):
         super().__init__()
         assert config.context_parallel_size == 1, "TransformerEngine refuses bottom-right masks under its own context parallelism"
-        self.scale = softmax_scale
+        assert config.window_attn_skip_freq is None
+        self.scale, self.window_size = softmax_scale, config.window_size or (-1, -1)
 
     def forward(self, q, k, v, attention_mask, *, attn_mask_type, packed_seq_params):
         p = packed_seq_params
@@ -128,10 +193,11 @@ class _TransformerEngineStandIn(torch.nn.Module):
         else:
             assert attn_mask_type.name == "padding_causal_bottom_right"
         bounds = (p.cu_seqlens_q, p.cu_seqlens_kv, p.max_seqlen_q, p.max_seqlen_kv)
-        return _varlen_stand_in(q, k, v, *bounds, softmax_scale=self.scale, causal=True).flatten(1)
+        out = _varlen_stand_in(q, k, v, *bounds, softmax_scale=self.scale, causal=True, window_size=self.window_size)
+        return out.flatten(1)
 
 
-def _module(backend, *, context=1):
+def _module(backend, *, context=1, layer=1, **sight):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -139,27 +205,46 @@ def _module(backend, *, context=1):
         num_layers=1, hidden_size=96, num_attention_heads=6, num_query_groups=2, kv_channels=16, context_parallel_size=context
     )
     groups = types.SimpleNamespace(cp=None)
-    return PackedAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=SCALE, pg_collection=groups, backend=backend)
+    settings = dict(softmax_scale=SCALE, pg_collection=groups, backend=backend, **sight)
+    return PackedAttention(config, layer, AttnMaskType.causal, "self", **settings)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", PACKS)
 @pytest.mark.parametrize("backend", ["flash", "transformer_engine"])
 def test_varlen_kernels_get_bounds_and_keys_that_make_them_exact(backend, name, size, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=_varlen_stand_in))
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=_flash_stand_in))
     monkeypatch.setattr("megatron.core.extensions.transformer_engine.TEDotProductAttention", _TransformerEngineStandIn)
     module = _module(backend, context=size)
     module.context_group = None  # here the keys arrive gathered
 
     def attend(q, k, v, layout):
         out = module(q[:, None], k[:, None], v[:, None], None, packed_seq_params=layout)
-        return out.view(q.shape)
+        return out.view(*q.shape[:2], -1)
 
     pack = make_pack(*PACKS[name])
-    qkv = random_qkv(pack.num_tokens, dtype=torch.float64)
+    qkv = random_qkv(pack.num_tokens, value_dim=VALUE_DIM.get(name), dtype=torch.float64)
     got = with_gradients(partial(_attend_in_parts, attend, pack, size), qkv)
     for x, y in zip(got, with_gradients(_dense(pack), qkv), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("backend", "softcap"), [("flash", 2.0), ("flash", None), ("transformer_engine", None)])
+@pytest.mark.parametrize("name", ["ragged", "shared_twice"])
+def test_varlen_kernels_are_told_a_layers_window_and_soft_cap(backend, softcap, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=_varlen_stand_in))
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.TEDotProductAttention", _TransformerEngineStandIn)
+    pack = make_pack(*PACKS[name])
+    qkv = random_qkv(pack.num_tokens, dtype=torch.float64)
+    for layer, window in ((1, None), (2, 6)):
+        module = _module(backend, context=2, layer=layer, windows=(None, 6), softcap=softcap)
+        module.context_group = None
+
+        def attend(q, k, v, layout, module=module):
+            return module(q[:, None], k[:, None], v[:, None], None, packed_seq_params=layout).view(q.shape)
+
+        got = _attend_in_parts(attend, pack, 2, *qkv)
+        torch.testing.assert_close(got, dense_attention(*qkv, visible(pack, window), SCALE, softcap), rtol=1e-9, atol=1e-9)
 
 
 def test_plain_packs_reach_varlen_kernels_without_a_copy_of_the_keys():
@@ -227,14 +312,16 @@ def test_buckets_hold_every_token_once_and_bound_the_padding(shared):
 def test_equal_lengths_are_one_bucket_that_needs_no_gathering():
     layout = _layout(make_pack([22, 22, 22]))
     (bucket,) = layout.buckets
-    assert (bucket.num_segments, bucket.length, bucket.mask) == (3, 22, None)
+    assert (bucket.num_segments, bucket.length, bucket.mask()) == (3, 22, None)
+    assert bucket.mask(22) is None
+    assert bucket.mask(21) is not None
     assert layout.is_one_batch
     assert not _layout(make_pack([22, 21, 22])).is_one_batch
 
 
 def test_sequences_that_see_only_themselves_need_no_mask_beside_those_that_share():
     layout = _layout(make_pack([5, 5, 7, 4], [-1, 0, 0, 0]))
-    masks = {bucket.num_keys - bucket.length: bucket.mask for bucket in layout.buckets}
+    masks = {bucket.num_keys - bucket.length: bucket.mask() for bucket in layout.buckets}
     assert masks.pop(0) is None
     assert all(mask is not None for mask in masks.values())
     assert masks
@@ -265,6 +352,9 @@ def test_the_choice_of_backend_states_its_remedy(monkeypatch):
         choose_backend("transformer_engine", CUDA, torch.bfloat16)
     installed.add("transformer_engine")
     assert choose_backend("auto", CUDA, torch.bfloat16) == "transformer_engine"
+    assert choose_backend("auto", CUDA, torch.bfloat16, softcap=True) == "flash"
+    with pytest.raises(BackendUnavailableError, match=r"transformer_engine, but its attention has no soft cap.*attention=flash"):
+        choose_backend("transformer_engine", CUDA, torch.bfloat16, softcap=True)
     installed.clear()
     with pytest.raises(BackendUnavailableError, match="flash-attn is not installed"):
         choose_backend("flash", CUDA, torch.bfloat16)

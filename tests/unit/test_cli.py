@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import types
 from subprocess import run
@@ -41,7 +42,7 @@ def calls(monkeypatch) -> Calls:
     module(
         "skyrl_mega.orchestration.assemble",
         run_training=lambda config: calls.record("train", config),
-        run_evaluation=lambda config, *, checkpoint: calls.record("eval", config, checkpoint),
+        run_evaluation=lambda config, *, checkpoint, output: calls.record("eval", config, checkpoint),
     )
     module("skyrl_mega.checkpoint.export", export_run=lambda *arguments: calls.record("export", *arguments))
     module("skyrl_mega.launch.replay", run_replay=lambda *arguments, **options: calls.record("replay", *arguments, options) or 1)
@@ -65,7 +66,9 @@ def python(*arguments: str, code: str = "", **environment: str):
 # ---- answers at once ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "checkpoints", "export", "replay", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "eval", "checkpoints", "ledger", "trace", "export", "convert", "replay", "doctor"]
+)
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys, atexit\n"
@@ -186,10 +189,35 @@ def test_our_errors_are_messages_and_others_are_tracebacks(calls, overrides, cap
         cli.main(["train", *overrides])
 
 
-def test_an_interrupt_ends_with_130(calls, overrides, capsys):
-    calls.failure = KeyboardInterrupt()
-    assert cli.main(["train", *overrides]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_ends_with_the_code_of_a_shell_and_says_how_to_go_on(calls, overrides, capsys, monkeypatch, number, code, word):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore SIGINT
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(calls, "record", lambda *arguments: signal.raise_signal(getattr(signal, number)))
+    assert cli.main(["train", *overrides]) == code
+    assert signal.getsignal(signal.SIGTERM) is before
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{word}; ")
+    assert line.endswith("run has no checkpoint yet: the same command begins at step 1.")
+
+
+def test_another_rank_than_the_first_ends_at_once_when_it_is_terminated(monkeypatch):
+    from skyrl_mega.launch.interrupt import terminable
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("RANK", "1")
+    with terminable():
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_after_an_interruption_a_run_says_from_which_checkpoint_it_goes_on(tmp_path):
+    from skyrl_mega.launch.interrupt import how_to_go_on
+
+    (tmp_path / "checkpoints" / "step_000006").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_000008.partial").mkdir()
+    assert "goes on after step 6, " in how_to_go_on(tmp_path)
+    (tmp_path / "ledger.sqlite").touch()
+    assert how_to_go_on(tmp_path).endswith("and what was sampled since is in its ledger.")
 
 
 def test_no_traceback_reaches_the_terminal():

@@ -40,8 +40,15 @@ def test_quickstart_is_the_measured_recipe():
     assert (rollout.stop, rollout.temperature) == (("\n",), 1.0)
     assert (optimizer.lr, optimizer.beta1, optimizer.beta2) == (3e-5, 0.9, 0.999)
     assert (optimizer.weight_decay, optimizer.clip_grad_norm) == (0.0, 1.0)
-    assert (config.algorithm.clip_low, config.algorithm.clip_high, config.algorithm.kl.coef) == (0.2, 0.28, 0.0)
+    assert (config.algorithm.policy_loss, config.algorithm.loss_options, config.algorithm.kl.coef) == ("ppo_clip", {}, 0.0)
     assert config.evaluation.num_prompts >= 128
+
+
+def test_the_recipe_for_experts_is_gsm8k_with_the_engines_routing():
+    needed = ["data.path=train.jsonl", "model.path=m"]
+    moe, gsm8k = load_config(["recipe=moe", *needed]), load_config(["recipe=gsm8k", *needed])
+    assert (moe.model.router_replay, gsm8k.model.router_replay) == ("rollout", "off")
+    assert (moe.env, moe.rollout, moe.optimizer) == (gsm8k.env, gsm8k.rollout, gsm8k.optimizer)
 
 
 def test_gsm8k_and_tiny_need_only_what_they_can_not_know():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from skyrl_mega.config.combinations import COMBINATIONS
 from skyrl_mega.config.files import config_directories, config_groups, describe, option_file
+from skyrl_mega.config.offline import OFFLINE_RULES
+from skyrl_mega.config.offline_schema import OWN_SECTION
 from skyrl_mega.config.ranges import RANGES, Range
-from skyrl_mega.config.reference import REFERENCE_PATH, main, reference
+from skyrl_mega.config.reference import REFERENCE_PATH, ROWS_TITLE, main, reference
+from skyrl_mega.config.rules import ALL_COMBINATIONS, ALL_SURROUNDINGS
 from skyrl_mega.config.settings import all_settings
-from skyrl_mega.config.surroundings import SURROUNDINGS
 
 
 def test_the_committed_reference_is_current():
@@ -18,19 +19,30 @@ def test_the_committed_reference_is_current():
 
 def test_every_setting_option_and_rule_is_in_the_reference():
     text = reference()
-    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    rows = {line.split("`")[1]: line for line in text.partition(ROWS_TITLE)[0].splitlines() if line.startswith("| `")}
     assert list(rows) == [setting.key for setting in all_settings()]
     assert all(setting.doc.replace("|", "\\|") in rows[setting.key] for setting in all_settings())
     for group, options in config_groups(config_directories()).items():
         assert all(f"`{group}={option}`: " in text for option in options)
-    assert all(f"- {rule.statement}." in text for rule in (*COMBINATIONS, *SURROUNDINGS))
+    assert all(f"- {rule.statement}." in text for rule in (*ALL_COMBINATIONS, *ALL_SURROUNDINGS))
     assert "- `samples_per_prompt`: trajectories sampled from each (the group)." in text
+
+
+def test_settings_and_rules_of_training_on_fixed_data_are_in_the_reference():
+    text = reference().partition(ROWS_TITLE)[2]
+    for section, root in OWN_SECTION.items():
+        for setting in all_settings(root):
+            if setting.key.partition(".")[0] in ("data", "trainer", "evaluation", section):
+                assert f"| `{setting.key}` |" in text, setting.key
+    assert "- `weight` (a number; default `0.0`)" in text
+    assert "| `trainer.max_steps` | an integer >= 0 |" in text
+    assert all(f"- {statement}." in text for statement in OFFLINE_RULES.values())
 
 
 def test_rows_name_choices_ranges_and_defaults():
     text = reference()
     assert "| `model.dtype` | `bfloat16`, `float32` | `bfloat16` |" in text
-    assert "| `algorithm.clip_low` | a number in (0, 1) | `0.2` |" in text
+    assert "| `algorithm.entropy_coef` | a number >= 0 | `0.0` |" in text
     assert "| `rollout.top_p` | a number in (0, 1] | `1.0` |" in text
     assert "| `model.path` | a string | required |" in text
     assert "| `telemetry.trackers` | a list of strings | `[tensorboard]` |" in text

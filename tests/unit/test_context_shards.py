@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.packs import make_pack, visible
-from skyrl_mega.algorithms.reductions import reduction_weights
+from skyrl_mega.algorithms.reductions import Totals, reduction_weights
 from skyrl_mega.data.context_shards import chunk_owners, context_part
 from skyrl_mega.errors import DataError
 
@@ -96,7 +96,7 @@ def test_loss_weights_of_the_parts_are_those_of_the_whole(reduction):
 
     def weights(batch):
         counts = batch.loss_tokens_per_sequence
-        return reduction_weights(reduction, batch.loss_mask, batch.cu_seqlens, counts, num_loss_tokens=61, num_sequences=7)
+        return reduction_weights(reduction, batch.loss_mask, batch.cu_seqlens, counts, None, Totals(61, 7, 7))
 
     parts = _parts(pack, 3)
     places = parts[0].context.key_places[: pack.num_tokens]

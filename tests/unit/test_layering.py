@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS: dict[str, int] = {
     **dict.fromkeys(("skyrl_mega", "types", "protocols", "errors"), 0),
     **dict.fromkeys(("config", "telemetry", "skyrl_mega_kernels"), 1),
-    **dict.fromkeys(("algorithms", "data", "envs", "parallel", "planner"), 2),
+    **dict.fromkeys(("algorithms", "data", "envs", "parallel", "planner", "rewards"), 2),
     **dict.fromkeys(("models", "rollout", "agents"), 3),
     **dict.fromkeys(("training", "weights", "checkpoint"), 4),
     "orchestration": 5,

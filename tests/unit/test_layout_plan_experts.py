@@ -28,3 +28,17 @@ def test_a_mixture_is_scaled_down_with_experts_for_every_rank(family, tmp_path):
     assert experts.count % 2 == 0
     assert 1 <= experts.per_token <= experts.count
     assert (experts.shared_ffn_size is not None) == (family == "qwen2_moe")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("expert", [1, 2, 3])
+def test_sigmoid_routers_are_scaled_down_with_their_groups_and_dense_layers(family, expert, tmp_path):
+    large = {"num_hidden_layers": 6, "n_routed_experts": 24, "num_experts_per_tok": 8, "n_group": 6, "topk_group": 4}
+    path = write_tiny_model(tmp_path / "large", family, num_nextn_predict_layers=1, first_k_dense_replace=3, **large)
+    write_scaled_down(path, tmp_path / "small", num_layers=2, tensor=2, expert=expert)
+    a = read_architecture(tmp_path / "small")
+    assert a.experts.layers == (False, True)
+    assert a.experts.count % expert == 0
+    assert 1 <= a.experts.groups_per_token < a.experts.groups
+    assert (a.latent is not None) == (family == "deepseek_v3")
+    assert a.num_extra_layers == 0

@@ -13,13 +13,15 @@ from helpers.hf_oracle import load_oracle, make_sequences, oracle_logits, to_meg
 from helpers.tiny import write_tiny_model
 from skyrl_mega.config.schema import Config, ModelConfig, ParallelConfig
 from skyrl_mega.errors import CheckpointError, ModelLoadError
+from skyrl_mega.models import hf_io
 from skyrl_mega.models.build import build_model
 from skyrl_mega.models.hf_io import HFExporter, load_hf_weights, save_hf
 from skyrl_mega.parallel.device import resolve_device
 from skyrl_mega.parallel.topology import init_topology
 
 FAMILIES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
-FAMILIES += [("qwen3_moe", False), ("qwen2_moe", True), ("mixtral", False)]
+FAMILIES += [("mistral", False), ("gemma2", True), ("gemma3_text", True), ("gemma3_text", False)]
+FAMILIES += [("qwen3_moe", False), ("qwen2_moe", True), ("mixtral", False), ("deepseek_v3", False), ("glm4_moe", True)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,6 @@ def test_an_untouched_model_is_written_bit_for_bit(family, tied, dtype, topology
 
 
 def test_an_untied_model_keeps_its_head_after_a_tied_one_was_loaded_in_the_same_process(topology, tmp_path):
-    """mbridge records a tied head in a dictionary of the class; the next untied model of the family must not inherit it."""
     _policy(write_tiny_model(tmp_path / "tied", "qwen2", tied=True), topology)
     path = write_tiny_model(tmp_path / "untied", "qwen2", tied=False)
     model = _policy(path, topology)
@@ -129,8 +130,10 @@ def test_fused_groups_are_whole_consecutive_and_in_export_order(family, tied, to
     assert [name for group in groups for name in group] == exported == [name for name, _ in exporter.iter_weights(torch.float32)]
     assert sorted(exported) == sorted(load_file(path / "model.safetensors"))
     attention = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv"]
-    if family.startswith("qwen2"):
+    if family.startswith(("qwen2", "glm4")):
         attention += [f"model.layers.1.self_attn.{x}_proj.bias" for x in "qkv"]
+    if family == "deepseek_v3":  # nothing but its two latents, which have a parameter each
+        attention = ["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"]
     assert tuple(attention) in groups
     gate_and_up = {
         "mixtral": ("block_sparse_moe.experts.3.w1", "block_sparse_moe.experts.3.w3"),
@@ -147,6 +150,18 @@ def test_exported_tensors_carry_no_gradient_and_leave_the_consumers_grad_mode_al
         assert tensor.is_contiguous()
         assert tensor.dtype == torch.bfloat16
         assert torch.is_grad_enabled()
+
+
+def test_a_parameter_without_a_row_and_a_row_without_a_parameter_are_named(topology, tmp_path, monkeypatch):
+    path = write_tiny_model(tmp_path, "qwen3")
+    model = _policy(path, topology)
+    model.decoder.layers[1].extra = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ModelLoadError, match=r"has no row for these parameters of the model: decoder\.layers\.1\.extra;"):
+        load_hf_weights([model], path, topology)
+    del model.decoder.layers[1].extra
+    del model.decoder.layers[0].self_attention.q_layernorm.weight
+    with pytest.raises(ModelLoadError, match=r"no parameters for these rows .*: decoder\.layers\.0\..*q_layernorm\.weight\."):
+        HFExporter([model], path, topology)
 
 
 def _drop(name):
@@ -200,6 +215,34 @@ def test_fused_experts_are_refused_and_ten_thousand_names_are_not_listed(topolog
         load_hf_weights([_build(path, topology)], path, topology)
 
 
+def test_layers_that_predict_further_tokens_are_left_out_in_one_warning(topology, tmp_path):
+    path = write_tiny_model(tmp_path / "source", "glm4_moe", num_nextn_predict_layers=1)
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(64, 128), "model.layers.2.input_layernorm.weight": torch.ones(64)}
+    _rewrite(path, lambda tensors: tensors.update(extra))
+    with pytest.warns(UserWarning, match=f"2 tensors .* neither trained nor exported: {', '.join(sorted(extra))}"):
+        model = _policy(path, topology)
+    save_hf(HFExporter([model], path, topology), path, tmp_path / "out", torch.float32)
+    assert not extra.keys() & load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    _rewrite(path, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(64, 128)}))
+    with pytest.raises(ModelLoadError, match=r"1 problems.*\n *unexpected: model\.layers\.3\.eh_proj\.weight"):
+        _policy(path, topology)
+
+
+def test_a_routers_bias_is_float32_in_a_bfloat16_model_and_its_export(topology, tmp_path):
+    path = write_tiny_model(tmp_path, "deepseek_v3", dtype="bfloat16")
+    model = _policy(path, topology, "bfloat16")
+    [bias] = [buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    exporter = HFExporter([model], path, topology)
+    exported = dict(exporter.iter_weights(torch.bfloat16))
+    source = load_file(path / "model.safetensors")
+    assert exported[name].dtype == bias.dtype == source[name].dtype == torch.float32
+    assert torch.equal(exported[name], source[name])
+    assert not torch.equal(bias, bias.bfloat16().float())  # or rounding would not show
+    assert {tensor.dtype for key, tensor in exported.items() if key != name} == {torch.bfloat16}
+
+
 def test_an_equal_tied_head_and_old_rotary_buffers_are_accepted(topology, tmp_path):
     path = write_tiny_model(tmp_path)
 
@@ -227,3 +270,39 @@ def test_unreadable_directories_are_refused(topology, tmp_path):
     shutil.copyfile(source / "model.safetensors", source / "copy.safetensors")
     with pytest.raises(ModelLoadError, match=r"is in copy.safetensors and in model.safetensors"):
         load_hf_weights([model], source, topology)
+
+
+def test_a_reader_opens_each_file_once_and_keeps_few_open(tmp_path, monkeypatch):
+    for number in range(hf_io.MAX_OPEN_FILES + 2):
+        save_file({f"{number}.{i}": torch.full((2, 3), 10.0 * number + i) for i in range(3)}, tmp_path / f"{number}.safetensors")
+    opened, open_file = [], hf_io.safe_open
+    stored = hf_io.read_headers(tmp_path)
+    monkeypatch.setattr(hf_io, "safe_open", lambda file, **how: opened.append(file.name) or open_file(file, **how))
+    with hf_io.TensorReader(stored) as reader:
+        for name in sorted(stored):
+            number, i = map(int, name.split("."))
+            assert torch.equal(reader.read(name), torch.full((2, 3), 10.0 * number + i))
+            assert torch.equal(reader.read(name, (slice(1, 2), slice(0, 2))), torch.full((1, 2), 10.0 * number + i))
+        assert opened == [f"{number}.safetensors" for number in range(hf_io.MAX_OPEN_FILES + 2)]
+        reader.read("0.0")
+        assert opened[-1] == "0.safetensors", "it had been closed"
+        reader.read(f"{hf_io.MAX_OPEN_FILES + 1}.0")
+        assert len(opened) == hf_io.MAX_OPEN_FILES + 3, "it was still open"
+
+
+def test_an_export_removes_what_killed_ones_left_and_nothing_else(tmp_path, topology):
+    path = write_tiny_model(tmp_path / "model", "llama", tied=True)
+    for name in (".out.ab12_cd3", ".out.old.ab12_cd3", ".out.keep", ".output.ab12_cd3", ".another"):
+        (tmp_path / name).mkdir()
+    save_hf(HFExporter([_policy(path, topology)], path, topology), path, tmp_path / "out", torch.float32)
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", ".out.keep", ".output.ab12_cd3", ".another"}
+
+
+def test_a_model_that_a_killed_export_moved_aside_comes_back(tmp_path):
+    """Whatever becomes of the next export."""
+    for name in (".out.old.ab12_cd3", ".out.xy12_cd3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    hf_io._remove_leftovers(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == ".out.old.ab12_cd3"

@@ -13,6 +13,7 @@ from helpers.hf_oracle import (
     make_sequences,
     oracle_gradients,
     oracle_logits,
+    policy_logits,
     probe_loss,
     to_megatron,
 )
@@ -32,6 +33,44 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+}
+#: Of 4 groups of 4 experts two are open to each token, and four of their experts are chosen.
+GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "routed_scaling_factor": 2.5}
+#: As Kimi K2's config.json has it, but for the sizes.
+KIMI_K2 = {
+    "rope_theta": 50000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16,
+    },
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.827,
+    "moe_layer_freq": 1,
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "ep_size": 1,
+}
 MODELS = {
     "llama_tied": ("llama", {"tied": True}),
     "llama_untied": ("llama", {"tied": False}),
@@ -42,13 +81,36 @@ MODELS = {
     "qwen2_untied_biases": ("qwen2", {"tied": False}),
     "qwen3_tied_qk_norm": ("qwen3", {"tied": True}),
     "qwen3_untied_qk_norm": ("qwen3", {"tied": False, "head_dim": 24}),
+    "llama_biases_of_all_projections": ("llama", {"attention_bias": True}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral_window": ("mistral", {"tied": False}),
+    "qwen2_window_in_the_second_layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "qwen3_window_in_the_first_layer": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gemma2_soft_caps": ("gemma2", {}),
+    "gemma2_without_caps": ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None, "tied": False}),
+    "gemma3_text": ("gemma3_text", {}),
+    "gemma3_text_stretched_untied": ("gemma3_text", {"tied": False, "rope_parameters": GEMMA_ROPES, "head_dim": 16}),
+    "gemma3_text_biases": ("gemma3_text", {"attention_bias": True}),
     "qwen3_moe": ("qwen3_moe", {"tied": False}),
     "qwen3_moe_many_experts_raw_weights": ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 3, "norm_topk_prob": False}),
     "qwen3_moe_after_a_dense_layer": ("qwen3_moe", {"mlp_only_layers": [0]}),
     "qwen2_moe_shared_expert": ("qwen2_moe", {"tied": False}),
     "qwen2_moe_every_second_layer": ("qwen2_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False}),
     "qwen2_moe_one_expert_per_token": ("qwen2_moe", {"num_experts_per_tok": 1}),
+    "qwen3_moe_window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}),
+    "qwen2_moe_window_in_the_first_layer": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16}),
     "mixtral": ("mixtral", {"tied": False}),
+    "mixtral_window": ("mixtral", {"sliding_window": 16}),
+    "deepseek_v3": ("deepseek_v3", {"tied": False, "rms_norm_eps": 1e-6}),
+    "deepseek_v3_yarn_and_groups": ("deepseek_v3", {"tied": False, "rope_parameters": YARN_ROPE, **GROUPS}),
+    "deepseek_v3_without_query_latent": ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
+    "deepseek_v3_all_dense": ("deepseek_v3", {"first_k_dense_replace": 2, "rms_norm_eps": 1e-2}),
+    "deepseek_v3_as_kimi_k2": ("deepseek_v3", {"tied": False, **KIMI_K2}),
+    "glm4_moe": ("glm4_moe", {"tied": False}),
+    "glm4_moe_plain_heads": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "first_k_dense_replace": 0}),
 }
 LENGTHS = [7, 33, 5, 20, 1, 220, 90]
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -69,7 +131,7 @@ def _policy(path, topology, **settings):
 
 
 def _logits(model, micro_batch):
-    return forward_hidden(model, micro_batch) @ output_weight(model).t()
+    return policy_logits(forward_hidden(model, micro_batch), output_weight(model), model.architecture)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,7 +162,7 @@ def test_positions_decide_the_rotation_whatever_max_seqlen_says(topology, tmp_pa
     assert torch.equal(forward_hidden(model, micro_batch), first)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe", "deepseek_v3"])
 def test_full_recomputation_changes_nothing(family, topology, tmp_path):
     path = write_tiny_model(tmp_path, family)
     micro_batch = make_micro_batch(make_sequences([11, 30, 4], 272))
@@ -115,7 +177,7 @@ def test_full_recomputation_changes_nothing(family, topology, tmp_path):
     assert all(torch.equal(results[0][1][name], gradient) for name, gradient in results[1][1].items())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe", "deepseek_v3", "glm4_moe"])
 def test_bfloat16_parameters_err_no_more_than_twice_hugging_face_in_bfloat16(family, topology, tmp_path):
     path = write_tiny_model(tmp_path, family, dtype="bfloat16")
     model = _policy(path, topology, dtype="bfloat16")

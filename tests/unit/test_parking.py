@@ -1,12 +1,16 @@
-"""Optimizer state in host memory between updates: gone from the device, and the updates are bit for bit the same."""
+"""Optimizer state and frozen weights in host memory while they are not used: gone from the device, and nothing else changes."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from helpers.policy import make_policy, tiny_config
+from helpers.tiny import write_tiny_model
 from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.orchestration.loop import pack
 from skyrl_mega.training.parking import own_tensors
+from skyrl_mega.training.reference import ReferenceModel
 
 
 def update(policy, seed: int) -> None:
@@ -52,3 +56,25 @@ def test_a_checkpoint_sees_the_state_that_is_parked(tmp_path):
         assert any(float(moment.abs().sum()) > 0 for moment in moments)
         policy.park_optimizer()
         assert policy._parked.is_parked
+
+
+def test_a_parked_reference_says_what_one_on_the_device_says_also_of_other_weights(tmp_path):
+    config = tiny_config(tmp_path, "model.offload_frozen=true")
+    other = write_tiny_model(tmp_path / "other", "llama", tied=True, seed=1)
+    with make_policy(config) as policy:
+        batch = pack(policy.config, policy.topology, random_samples(5, 3, seed=1), share_prompts=True)
+        models = [
+            ReferenceModel(replace(config, model=replace(config.model, offload_frozen=on)), policy.topology) for on in (0, 1)
+        ]
+        whole, parked = models
+        num_bytes = sum(weight.numel() * weight.element_size() for weight in whole.chunks[0].parameters())
+        assert parked._parked.size_bytes == num_bytes
+        said = []
+        for path in (config.model.path, str(other)):
+            for model in models:
+                model.load(path)
+                topk = model.compute_topk(batch, 4, vocab_size=272)
+                said.append([*model.compute_logprobs(batch), *(values for pair in topk for values in pair)])
+            assert sum(weight.untyped_storage().nbytes() for weight in parked.chunks[0].parameters()) == 0
+            assert all(map(torch.equal, *said[-2:]))
+        assert not torch.equal(said[0][0], said[2][0]), "other weights, other words"

@@ -105,6 +105,23 @@ def test_the_same_layout_computes_the_same_bits(recorded, capsys):
     assert all(update.worst is None and update.non_finite is None for update in replay.updates)
 
 
+def test_a_step_keeps_the_routing_that_it_replayed(tmp_path):
+    """Its second update has other weights than the pass whose routing it replays: computed again, that would be another one."""
+    config = tiny_config(tmp_path, *SETTINGS, "model.router_replay=old", family="qwen3_moe", tied=False, num_experts=6)
+    train_a_step(config)
+    assert replay_step(config.trainer.run_dir, STEP, tolerance=0.0).agrees
+    path = steps.find_step(config.trainer.run_dir, STEP)
+    second = steps.read_inputs(path, 1)
+    assert all(sample.routed_experts.shape == (sample.num_tokens, 2, 2) for sample in second.samples)
+    file = steps.update_dir(path, 1) / steps.INPUTS_FILE
+    file.unlink()
+    free = replace(second, samples=[replace(sample, routed_experts=None) for sample in second.samples])
+    file.parent.rename(tmp_path / "weights")
+    steps.write_inputs(path, 1, free)
+    (tmp_path / "weights" / steps.WEIGHTS).rename(file.parent / steps.WEIGHTS)
+    assert not replay_step(config.trainer.run_dir, STEP, tolerance=1e-4).agrees
+
+
 def test_layouts_replay_each_other(recorded, tmp_path):
     other = tiny_config(tmp_path, *SETTINGS)
     for replays in run_ranks(on_rank, 2, recorded.trainer.run_dir, other, [free_port() for _ in range(4)]):
@@ -300,3 +317,22 @@ def test_a_record_that_does_not_hold_enough_is_refused(tmp_path):
     (steps.weights_dir(path, 0) / "config.json").unlink()
     with pytest.raises(CheckpointError, match="is incomplete"):
         replay_step(config.trainer.run_dir, STEP)
+
+
+def test_a_replay_corrects_what_was_off_policy_as_the_run_did_and_compares_its_statistics(tmp_path):
+    stages = "[{name: truncated_is, level: sequence},{name: staleness_decay}]"
+    config = tiny_config(tmp_path, *SHORT, "trainer.record_steps=[3]", f"algorithm.off_policy.stages={stages}")
+    samples = step_samples()
+    for sample in samples:
+        sample.staleness = sample.loss_mask.float() * (sample.sample_index % 3)
+        sample.rollout_logprobs = torch.where(sample.loss_mask, -5.5 + sample.rollout_logprobs / 10, 0.0)
+    train_a_step(config, samples=samples)
+    inputs = steps.read_inputs(steps.find_step(config.trainer.run_dir, STEP), 0)
+    assert all(torch.equal(read.staleness, sample.staleness) for read, sample in zip(inputs.samples, samples, strict=True))
+    replay = replay_step(config.trainer.run_dir, STEP)
+    assert replay.agrees
+    assert {"0/off_policy/weight", "0/off_policy/staleness_decay_fraction", "0/off_policy/sequence/weight"} <= lines_of(
+        replay
+    ).keys()
+    other = replay_step(config.trainer.run_dir, STEP, ["algorithm.off_policy.stages=[{name: staleness_decay, power: 2.0}]"])
+    assert not lines_of(other)["0/off_policy/bounded_weight"].agrees

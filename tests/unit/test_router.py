@@ -1,4 +1,4 @@
-"""Routers of a mixture of experts: their auxiliary loss and their counts against Hugging Face's router logits."""
+"""Routers of a mixture of experts: their losses, their freezing and their counts against Hugging Face's router logits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from helpers.hf_oracle import by_file_name, load_oracle, to_megatron
 from helpers.policy import make_policy, tiny_config
+from helpers.updates import clones, update
 from skyrl_mega.data.packing import balance_and_pack
 from skyrl_mega.data.synthetic import random_samples
 from skyrl_mega.models.build import forward_hidden
 from skyrl_mega.models.router import announce_batch, routers
+from skyrl_mega.orchestration.replay import bad_tensors
 
-COEF = 0.7
-#: The policy loss and its gradient are zero with these samples: what is left is the auxiliary loss.
-SETTINGS = [f"model.moe_aux_loss_coef={COEF}", "optimizer.clip_grad_norm=0", "optimizer.lr=1e-3"]
+COEF, Z_COEF = 0.7, 0.02
+#: The policy loss and its gradient are zero with these samples: what is left are the routers' losses.
+SETTINGS = [
+    f"model.moe_aux_loss_coef={COEF}",
+    f"model.moe_z_loss_coef={Z_COEF}",
+    "optimizer.clip_grad_norm=0",
+    "optimizer.lr=1e-3",
+]
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
 
 
@@ -52,11 +59,18 @@ def expected_aux_loss(logits_by_micro_batch, per_token: int) -> torch.Tensor:
     return total
 
 
+def expected_z_loss(logits_by_micro_batch) -> torch.Tensor:
+    """arXiv:2202.08906, equation 5, summed over layers; the mean over all tokens."""
+    layers = [torch.cat(layer) for layer in zip(*logits_by_micro_batch, strict=True)]
+    return torch.stack([logits_TE.exp().sum(-1).log().square().mean() for logits_TE in layers]).sum()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_auxiliary_loss_has_the_gradient_of_its_formula(family, tmp_path):
+def test_the_routers_losses_have_the_gradients_of_their_formulas(family, tmp_path):
     config = tiny_config(tmp_path, *SETTINGS, family=family, tied=False)
     oracle, batch = load_oracle(config.model.path), batch_without_signal()
-    (COEF * expected_aux_loss(router_logits(oracle, batch), 2)).backward()
+    logits = router_logits(oracle, batch)
+    (COEF * expected_aux_loss(logits, 2) + Z_COEF * expected_z_loss(logits)).backward()
     named = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in oracle.named_parameters()}
     gradients = by_file_name(named, family)
     with make_policy(config) as policy:
@@ -72,12 +86,12 @@ def test_the_auxiliary_loss_has_the_gradient_of_its_formula(family, tmp_path):
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_an_update_adds_the_auxiliary_loss_once_and_reports_load_and_entropy(recompute, tmp_path):
+def test_an_update_adds_the_routers_losses_once_and_reports_load_and_entropy(recompute, tmp_path):
     config = tiny_config(tmp_path, *SETTINGS, f"model.recompute={recompute}", family="qwen2_moe", tied=False)
     oracle, batch = load_oracle(config.model.path), batch_without_signal()
     logits = router_logits(oracle, batch)
-    aux_loss = expected_aux_loss(logits, 2)
-    (COEF * aux_loss).backward()
+    aux_loss, z_loss = expected_aux_loss(logits, 2), expected_z_loss(logits)
+    (COEF * aux_loss + Z_COEF * z_loss).backward()
     norm = torch.stack([p.grad.norm() for p in oracle.parameters() if p.grad is not None]).norm()
     layers = [torch.cat(layer).detach() for layer in zip(*logits, strict=True)]
     loads = [torch.bincount(layer.topk(2).indices.flatten(), minlength=4).double() for layer in layers]
@@ -89,11 +103,24 @@ def test_an_update_adds_the_auxiliary_loss_once_and_reports_load_and_entropy(rec
     assert metrics["loss/total"] == pytest.approx(0, abs=1e-9)
     assert metrics["update/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
     assert metrics["moe/aux_loss"] == pytest.approx(float(aux_loss), rel=1e-5)
+    assert metrics["moe/z_loss"] == pytest.approx(float(z_loss), rel=1e-5)
     assert metrics["moe/router_entropy"] == pytest.approx(float(entropy), rel=1e-5)
     unevenness = [float(load.max() / load.mean()) for load in loads]
     assert metrics["moe/load_max_over_mean"] == pytest.approx(sum(unevenness) / 2, rel=1e-6)
     assert metrics["moe/load_max_over_mean_worst_layer"] == pytest.approx(max(unevenness), rel=1e-6)
-    assert metrics["moe/idle_experts"] == 0
+    assert metrics["moe/idle_experts"] == metrics["moe/frozen_routers"] == 0
+
+
+def test_frozen_routers_stay_bit_for_bit_while_all_else_is_trained(tmp_path):
+    config = tiny_config(tmp_path, "model.freeze_router=true", "optimizer.weight_decay=0.1", family="qwen2_moe", tied=False)
+    with make_policy(config) as policy:
+        before = clones(policy)
+        metrics = update(policy, seed=1)
+        after = clones(policy)
+        assert bad_tensors(policy, policy.topology) == []  # which looks at the gradients of all that have one
+    assert metrics["moe/frozen_routers"] == 1
+    unchanged = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert unchanged == {f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)}
 
 
 def test_idle_experts_and_the_busiest_are_seen(tmp_path):
@@ -123,7 +150,7 @@ def test_routers_work_in_float32_whatever_the_models_dtype(tmp_path):
         torch.testing.assert_close(router.gating(hidden), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_an_auxiliary_loss_without_the_batchs_size_is_an_error(tmp_path):
+def test_a_routers_loss_without_the_batchs_size_is_an_error(tmp_path):
     config = tiny_config(tmp_path, *SETTINGS, family="mixtral", tied=False)
     with make_policy(config) as policy, pytest.raises(RuntimeError, match="call announce_batch"):
         forward_hidden(policy.chunks[0], batch_without_signal().micro_batches[0])

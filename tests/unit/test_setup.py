@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def test_a_compiler_that_fails_is_reported_and_does_not_fail_the_install(setup_m
     monkeypatch.setenv("SKYRL_MEGA_BUILD", "required")
     with pytest.raises(RuntimeError, match="Error compiling objects"):
         run_build(setup_module, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "asked", "built"),
+    [(False, None, "8.0;9.0;10.0+PTX"), (False, "8.6", "8.6"), (True, None, None), (True, "9.0", "9.0")],
+)
+def test_cuda_sources_are_built_for_common_gpus_where_there_is_none_to_ask(setup_module, monkeypatch, has_gpu, asked, built):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked or "")
+    if asked is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    setup_module.choose_architectures()
+    assert os.environ.get("TORCH_CUDA_ARCH_LIST") == built
 
 
 def test_required_is_an_error_where_the_cpu_extension_cannot_be_tried(setup_module, tmp_path, monkeypatch):

@@ -32,7 +32,8 @@ def test_cpu_seconds_count_work_and_not_waiting():
         while time.process_time() - start < 0.05:
             pass
     metrics = timer.metrics()
-    assert metrics["cpu_time/wait_s"] < 0.1 < metrics["time/wait_s"]
+    assert metrics["time/wait_s"] >= 0.2
+    assert metrics["cpu_time/wait_s"] < 0.8 * metrics["time/wait_s"]  # other threads of the process may work meanwhile
     assert metrics["cpu_time/work_s"] >= 0.05
 
 

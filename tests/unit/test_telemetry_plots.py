@@ -7,7 +7,7 @@ import pytest
 
 from skyrl_mega.errors import DataError
 from skyrl_mega.telemetry.metrics import MetricsLog
-from skyrl_mega.telemetry.plots import plot_rewards, smooth
+from skyrl_mega.telemetry.plots import Curve, plot_curves, plot_rewards, smooth
 
 
 def write_run(run_dir, steps=20, evaluations=(0, 10, 20)):
@@ -44,6 +44,19 @@ def test_a_file_without_rewards_is_an_error_that_says_so(tmp_path):
     MetricsLog(tmp_path).log({"loss": 1.0}, 1)
     with pytest.raises(DataError, match="it has 1 steps with neither"):
         plot_rewards(tmp_path, tmp_path / "curve.png")
+
+
+def test_curves_get_a_panel_each_where_the_metrics_hold_them(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in range(9):
+        log.log({"loss/total": 1.0 / (step + 1)} | ({"eval/loss": 0.5} if step % 4 == 0 else {}), step)
+    log.close()
+    one = [Curve("loss", "loss/total", "eval/loss")]
+    alone = size(plot_curves(tmp_path, tmp_path / "one.png", curves=one))
+    assert size(plot_curves(tmp_path, tmp_path / "two.png", curves=[*one, Curve("again", "", "eval/loss")])) != alone
+    assert size(plot_curves(tmp_path, tmp_path / "one.png", curves=[*one, Curve("absent", "x/y", "eval/y")])) == alone
+    with pytest.raises(DataError, match="must hold x/y"):
+        plot_curves(tmp_path, tmp_path / "none.png", curves=[Curve("absent", "x/y", "eval/y")])
 
 
 def test_smoothing_keeps_constants_and_straight_lines_and_does_not_lag():
