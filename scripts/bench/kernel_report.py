@@ -44,7 +44,7 @@ class ReportLine:
 
 
 def work_of(kernel: str, element_bytes: int, constexprs: dict[str, Any]) -> Work:
-    """Operations and bytes of `kernel` over the whole head (or, for the scan, all segments)."""
+    """Operations and bytes of `kernel` over the whole head (or, for the scan and the policy losses, all segments)."""
     product = 2.0 * NUM_ROWS * HIDDEN * VOCAB
     hidden, weight, logits = NUM_ROWS * HIDDEN, VOCAB * HIDDEN, NUM_ROWS * VOCAB
     inputs = (hidden + weight) * element_bytes
@@ -62,6 +62,7 @@ def work_of(kernel: str, element_bytes: int, constexprs: dict[str, Any]) -> Work
         "logits_statistics": Work(0, logits * element_bytes),
         "logits_gradients": Work(0, 2.0 * logits * element_bytes),
         "segmented_scan": Work(0, 3.0 * 4 * SEGMENTS * SEGMENT_TOKENS),
+        "policy_loss": Work(0, 21.0 * SEGMENTS * SEGMENT_TOKENS),
     }
     return works[kernel]
 

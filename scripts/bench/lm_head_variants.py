@@ -109,7 +109,7 @@ def ppo_clip_objective(advantages_T, rows, logprobs_C, entropy_C):
     """(loss, statistics) of the trainer's own objective on some rows: ppo_clip, token mean, and an entropy bonus."""
     import torch
 
-    from skyrl_mega.algorithms.loss import policy_objective
+    from skyrl_mega.algorithms.loss import Objective
     from skyrl_mega.algorithms.policy_losses import LossInputs
     from skyrl_mega.config.schema import AlgorithmConfig, KLConfig
 
@@ -119,7 +119,7 @@ def ppo_clip_objective(advantages_T, rows, logprobs_C, entropy_C):
     old_C = logprobs_C.detach() + 0.2 * advantages_C.sin()
     mask_C = torch.ones_like(logprobs_C, dtype=torch.bool)
     inputs = LossInputs(logprobs_C, old_C, old_C, advantages_C, mask_C, entropy=entropy_C)
-    return policy_objective(config, inputs, torch.full_like(advantages_C, 1 / len(advantages_T)))
+    return Objective(config)(inputs, torch.full_like(advantages_C, 1 / len(advantages_T)))
 
 
 def bare_gemms(count: int, case: Case) -> Callable[[], None]:

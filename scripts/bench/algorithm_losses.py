@@ -1,0 +1,123 @@
+"""How near is each policy loss to what memory allows: forward, backward and statistics over a million tokens, on one CPU thread?
+
+The limit, written down before measuring: each token's logprob, old logprob, advantage and weight (float32) and its mask (one
+byte) must be read and a gradient (float32) written, 21 bytes; the dppo losses read the engine's logprob in the old one's place,
+and a mark of clip_cov and kl_cov (one byte more) is left out of the account. `copy` moves 21 bytes a token as STREAM's copy does,
+out of cache, in the same run. The goal is twice its time (50% of the limit). Statistics are sums: they move nothing.
+
+- `*_fused`: the kernel, as a run calls it (`skyrl_mega_kernels.policy_loss`, backend cpu): one pass, no compiling.
+- `*_eager`: the definition by torch's operators; every one writes its result to memory and the next reads it.
+- `ppo_clip_compiled`: torch.compile of the definition, its weighted sum and those of its statistics: one loop forward, one back.
+  What that takes before the first result is `compile_s`, on standard error.
+
+A repetition is one forward and backward.
+
+    python scripts/bench/algorithm_losses.py --json docs/benchmarks/algorithm_losses.json
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from skyrl_mega.algorithms.policy_losses import POLICY_LOSSES
+from skyrl_mega.telemetry.bench import Variant, bench_main
+
+TOKENS, LENGTH = 2**20, 1024
+#: Inputs that take turns, so that no cache holds them.
+SETS = 4
+BYTES = 21
+LOSSES = [name for name in POLICY_LOSSES if not POLICY_LOSSES.find(name).traits["needs"]]
+HOWS = ("fused", "eager", "compiled")
+
+
+def step(name: str, how: Literal["fused", "eager", "compiled"]) -> Callable[[], None]:
+    import torch
+
+    from skyrl_mega.algorithms.policy_losses import LossInputs
+    from skyrl_mega.algorithms.policy_losses.sums import PolicyLossSums
+    from skyrl_mega.algorithms.sequences import Sequences
+    from skyrl_mega_kernels.policy_loss.reference import weighted_sums
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(scale: float) -> torch.Tensor:
+        return torch.randn(TOKENS, generator=generator).mul_(scale)
+
+    def make_inputs() -> LossInputs:
+        old = -noise(1.0).abs_() - 0.05
+        return LossInputs(
+            logprobs=(old + noise(0.2)).clamp_(max=-0.01).requires_grad_(),
+            old_logprobs=old,
+            rollout_logprobs=(old + noise(0.02)).clamp_(max=-0.01),
+            advantages=noise(1.0),
+            loss_mask=torch.rand(TOKENS, generator=generator) < 0.7,
+            marked=torch.rand(TOKENS, generator=generator) < 0.002,
+            sequences=Sequences.packed(torch.arange(0, TOKENS + 1, LENGTH)),
+        )
+
+    sets = [make_inputs() for _ in range(SETS)]
+    turns = itertools.cycle([(inputs, inputs.loss_mask.float() / TOKENS) for inputs in sets])
+    entry = POLICY_LOSSES.find(name)
+    sums = PolicyLossSums(entry, {}, "cpu" if how == "fused" else "reference")
+
+    def loss(inputs: LossInputs, weights: torch.Tensor) -> torch.Tensor:
+        return sums(inputs, weights, weights)[0]
+
+    if how == "compiled":
+        start = time.perf_counter()
+        compiled = torch.compile(lambda inputs, weights: weighted_sums(*entry.function(inputs), weights, weights))
+
+        def loss(inputs: LossInputs, weights: torch.Tensor) -> torch.Tensor:
+            return compiled(inputs, weights)[0]
+
+        loss(*next(turns)).backward()
+        print(f"{name}: compile_s {time.perf_counter() - start:.1f}", file=sys.stderr)
+
+    def whole() -> None:
+        inputs, weights = next(turns)
+        loss(inputs, weights).backward()
+        inputs.logprobs.grad = None
+
+    for _ in range(2 * SETS):
+        whole()  # until the allocator keeps what is freed: the first repetitions would pay for fresh pages
+    return whole
+
+
+def copy() -> Callable[[], None]:
+    import torch
+
+    torch.set_num_threads(1)
+    # Half is read and half is written.
+    half = TOKENS * BYTES // 2
+    pairs = [(torch.ones(half, dtype=torch.uint8), torch.ones(half, dtype=torch.uint8)) for _ in range(SETS)]
+    turns = itertools.cycle(pairs)
+
+    def one_copy() -> None:
+        source, target = next(turns)
+        target.copy_(source)
+
+    return one_copy
+
+
+def variants() -> list[Variant]:
+    work = TOKENS * BYTES / 1e9
+    listed = [Variant("copy", f"{__file__}:copy", {}, work)]
+    for name in LOSSES:
+        hows = HOWS if name == "ppo_clip" else HOWS[:2]
+        listed += [Variant(f"{name}_{how}", f"{__file__}:{name}_{how}", {}, work, limit_from="copy") for how in hows]
+    return listed
+
+
+#: The set-up functions, by name: gspo_eager() and so on.
+globals().update({f"{name}_{how}": functools.partial(step, name, how) for name in LOSSES for how in HOWS})
+
+
+if __name__ == "__main__":
+    # Many: a repetition takes milliseconds.
+    bench_main("algorithm_losses", variants(), rate_unit="GB/s", description=__doc__ or "", repeats=51)
