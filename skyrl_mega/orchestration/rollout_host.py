@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl_mega.errors import DeadlineError, RolloutError, SkyRLMegaError
 from skyrl_mega.orchestration.coordinator import RolloutCoordinator
+from skyrl_mega.rollout.abandon import abandon
 from skyrl_mega.rollout.engine_process import kill_engine_cores
 from skyrl_mega.rollout.signals import run_until_complete
 
@@ -218,11 +219,15 @@ class _CoordinatorActor:
 
 
 async def _bounded(awaitable: Awaitable[Any], what: str, timeout_s: float) -> Any:
-    """The awaitable's result. Raises DeadlineError naming `what` after `timeout_s`."""
+    """The awaitable's result. Raises DeadlineError naming `what` after `timeout_s`. Nothing runs on for a caller that is gone."""
     task = asyncio.ensure_future(awaitable)
-    done, _ = await asyncio.wait([task], timeout=timeout_s)
+    try:
+        done, _ = await asyncio.wait([task], timeout=timeout_s)
+    except asyncio.CancelledError:
+        abandon(task)
+        raise
     if not done:
-        task.cancel()
+        abandon(task)
         raise DeadlineError(f"the rollout coordinator has not ended {what} within {timeout_s:g} s.")
     return task.result()
 

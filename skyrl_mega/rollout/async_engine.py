@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from skyrl_mega.config.schema import RolloutConfig
 from skyrl_mega.errors import EngineDiedError, MissingDependencyError, RolloutError, WeightSyncError
+from skyrl_mega.rollout.abandon import abandon
 from skyrl_mega.rollout.vllm_arguments import engine_arguments
 from skyrl_mega.rollout.vllm_async import AsyncRequests
 from skyrl_mega.rollout.vllm_env import apply_environment, engine_environment
@@ -237,4 +238,4 @@ class AsyncVLLMEngine(AsyncRequests):
                 raise self._died() from error
             raise RolloutError(f"engine {self._name} failed: {error.__cause__ or error}") from error
         finally:
-            call.cancel()
+            abandon(call)

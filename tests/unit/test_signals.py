@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from skyrl_mega.errors import EngineDiedError
 from skyrl_mega.launch.interrupt import Terminated, terminable
-from skyrl_mega.orchestration.rollout_host import InlineHost
+from skyrl_mega.orchestration.rollout_host import InlineHost, _bounded, _end_other_tasks
 from skyrl_mega.rollout.ray_cluster import kept_handler
 from skyrl_mega.rollout.signals import ENDING, held_back, run_until_complete, unheard
 
@@ -140,7 +142,7 @@ def test_a_coordinator_in_the_trainers_thread_is_closed_in_order_after_ctrl_c():
     class Coordinator:
         async def take(self, step):
             self.engine = asyncio.create_task(self.generate())
-            await self.engine
+            await asyncio.Event().wait()
 
         async def generate(self):
             send(signal.SIGINT)
@@ -250,3 +252,34 @@ def test_sigterm_is_told_from_ctrl_c_where_a_library_has_made_one_of_the_other()
 
     with pytest.raises(Terminated, match="goes on after step 3"):
         work()
+
+
+def test_a_call_broken_off_by_ctrl_c_that_fails_afterwards_is_not_printed_as_an_error_that_was_missed():
+    """The terminal's Ctrl-C reaches the engines too: what was asked of them fails while the run closes."""
+    loop, complaints = asyncio.new_event_loop(), []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def ask(engine_died, asked):
+        asked.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await engine_died.wait()
+            raise EngineDiedError("engine 0 was closed.")
+
+    async def break_off():
+        engine_died, asked = asyncio.Event(), asyncio.Event()
+        call = asyncio.ensure_future(_bounded(ask(engine_died, asked), "receivers", timeout_s=60))
+        await asked.wait()
+        call.cancel()
+        await asyncio.wait([call])
+        engine_died.set()
+        await _end_other_tasks()
+        return call.cancelled()
+
+    try:
+        assert loop.run_until_complete(break_off())
+        gc.collect()  # asyncio complains of a task when that is freed
+    finally:
+        loop.close()
+    assert complaints == []
