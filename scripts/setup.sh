@@ -99,4 +99,8 @@ fi
 # Again, now with torch at hand: builds what this machine can build (csrc/); without a compiler it stays pure Python, and
 # `skyrl-mega doctor` says so.
 step "compiled kernels" "${pip[@]}" install --no-deps --no-build-isolation -e .
+# See the extra `peers` in pyproject.toml.
+"$venv/bin/python" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"], sep="\n")' >"$venv/peers-requirements.txt"
+rm -rf "$venv/peers"
+step "TRL and verl, which tests compare with" "${pip[@]}" install --no-deps --target "$venv/peers" -r "$venv/peers-requirements.txt"
 echo "$wanted" >"$stamp"

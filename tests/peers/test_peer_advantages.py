@@ -1,9 +1,6 @@
 """Advantages side by side with verl's and TRL's own code: equal where both define the same, and where they differ, how.
 
-Skipped where the peers are not installed. Their versions are those of the extra `peers`; without dependencies is enough:
-
-    pip install --no-deps --target DIR verl==0.9.1 trl==1.16.0
-    PYTHONPATH=DIR pytest tests/peers
+Skipped where the peers are not installed (conftest.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Our losses beside verl's and TRL's, on the same tokens in float64: equal where both mean the same, else how they differ.
 
-Skipped where the peers are not installed: `pip install --no-deps --target DIRECTORY verl trl` (and what they import), with
-DIRECTORY on PYTHONPATH.
+Skipped where the peers are not installed (conftest.py).
 """
 
 from __future__ import annotations

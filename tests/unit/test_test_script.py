@@ -37,8 +37,8 @@ def run(checkout, fails=""):
 def test_what_passes_ends_with_0_and_both_halves_are_shown(checkout):
     done = run(checkout)
     assert done.returncode == 0, done.stderr
-    assert "python -m pytest tests/e2e" in done.stdout
-    assert "pytest -p no:cacheprovider tests/unit tests/peers tests/kernels tests/distributed" in done.stdout
+    assert "python -m pytest --reruns 1 -rfER tests/e2e" in done.stdout
+    assert "-p no:cacheprovider tests/unit tests/peers tests/kernels tests/distributed" in done.stdout
 
 
 @pytest.mark.parametrize("fails", ["tests/e2e", "tests/unit", "ruff", "mypy", "setup.sh"])
