@@ -19,6 +19,15 @@ VECTOR_INLINE Vec one_where(IntVec condition) { return where(condition, splat(1.
 // NaN stays NaN.
 VECTOR_INLINE Vec at_least(Vec value, Vec low) { return select(value < low, low, value); }
 VECTOR_INLINE Vec at_most(Vec value, Vec high) { return select(value > high, high, value); }
+VECTOR_INLINE bool any(IntVec condition) {
+#if SKYRL_MEGA_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#else
+  int32_t joined = 0;
+  for (int64_t lane = 0; lane < kLanes; lane++) joined |= condition[lane];
+  return joined != 0;
+#endif
+}
 VECTOR_INLINE Vec abs(Vec value) { return (Vec)((IntVec)value & 0x7fffffff); }
 
 // exp(x) and exp(x) - 1 - x for |x| <= 20, NaN included: vector.h's exp_in_range, taken apart.
@@ -49,8 +58,8 @@ VECTOR_INLINE Exponential exponential(Vec x) {
   return {scale * (tail + r + 1.0f), scale * tail + ((scale * r + (scale - 1.0f)) - x)};
 }
 
-// log(x) of a positive, normal x, within 2 ulp; NaN stays NaN. Cephes' logf: x = 2^e m with sqrt(1/2) <= m < sqrt(2), then a polynomial
-// in m - 1.
+// log(x) of a positive, normal x, within 2 ulp; of NaN any number. Cephes' logf: x = 2^e m with sqrt(1/2) <= m < sqrt(2), then a
+// polynomial in m - 1.
 VECTOR_INLINE Vec log_positive(Vec x) {
   const IntVec bits = (IntVec)x;
   const IntVec shifted = bits - 0x3f3504f3;  // the bits of sqrt(1/2)
@@ -67,8 +76,7 @@ VECTOR_INLINE Vec log_positive(Vec x) {
   p = p * m + 3.3333331174e-1f;
   const Vec e = __builtin_convertvector(exponent, Vec);
   const Vec square = m * m;
-  const Vec log = (p * m * square + e * -2.12194440e-4f - 0.5f * square) + m + e * 0.693359375f;
-  return select(x != x, x, log);
+  return (p * m * square + e * -2.12194440e-4f - 0.5f * square) + m + e * 0.693359375f;
 }
 
 // What a loss may look at of kLanes tokens. Of a masked token logprobs, advantages and log_ratio are 0, marked is false.
@@ -193,7 +201,9 @@ struct DppoKl {
   Vec low, high, cap;
   VECTOR_MEMBER DppoKl(const double* options) : low(splat(options[0])), high(splat(options[1])), cap(splat(options[2])) {}
   VECTOR_MEMBER TokenResult operator()(const Lanes& t) const {
-    const Vec p = probability(t.logprobs), q = probability(t.denominators);
+    const Vec q = probability(t.denominators);
+    // An exp less, but where the ratio was clipped.
+    const Vec p = any(t.counts & ~t.inside) ? probability(t.logprobs) : at_most(q * t.ratio, splat(1.0f));
     const Vec others = (1.0f - q) * log_positive((1.0f - q + 1e-8f) / (1.0f - p + 1e-8f));
     const Vec kl = others - q * t.log_ratio;
     return masked_surrogate(t, (kl > low) & (p < q), (kl > high) & (p > q), cap);

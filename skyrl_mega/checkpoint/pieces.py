@@ -44,6 +44,8 @@ class Piece:
 def pieces_to_write(state: dict[str, Any]) -> list[Piece]:
     """The pieces of a sharded state that are this rank's to write, in an order that depends on nothing but the state.
 
+    The state is of one layout, which is in force.
+
     Tensors share memory with the state. Those of a part whose name ends in `model` have copies over data-parallel ranks, which
     are dealt out; of the rest the first copy is written.
     """

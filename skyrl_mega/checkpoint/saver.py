@@ -92,12 +92,15 @@ class Checkpointer:
         the checkpoint (`keep_best` goes by one). Raises CheckpointError if this save or the one before it failed.
         """
         from skyrl_mega.checkpoint.pieces import HostCopy, pieces_to_write
-        from skyrl_mega.checkpoint.state import sharded_state
+        from skyrl_mega.checkpoint.state import critic_state, sharded_state
 
         began = time.monotonic()
         self._unreported = self.finish()
         save = _Save(self._begin(state.step), state, dict(metrics or {}))
-        pieces = pieces_to_write(sharded_state(policy, self._topology, critic=critic))
+        pieces = pieces_to_write(sharded_state(policy, self._topology))
+        if critic is not None:
+            with critic.topology.in_force():
+                pieces += pieces_to_write(critic_state(critic))
         self._in_flight = save
         if self._asynchronous:
             self._host_copy = self._host_copy or HostCopy()

@@ -38,6 +38,9 @@ _CRITIC = "critic_"
 class Checkpointed(Protocol):
     """What is saved: `training.Trainable`, as far as a checkpoint sees it. Every method: *all ranks*."""
 
+    #: The layout it is cut by; a critic may have another one than the policy.
+    topology: Topology
+
     def sharded_state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any], *, num_updates: int) -> None: ...
@@ -71,7 +74,7 @@ def load(path: Path, policy: Checkpointed, topology: Topology, *, critic: Checkp
     require_critic(path, state, has_critic=critic is not None)
     same_layout = {"context": 1, **saved_layout} == layout(topology)
     try:
-        wanted = sharded_state(policy, topology, critic=critic, with_rng=same_layout)
+        wanted = sharded_state(policy, topology, with_rng=same_layout) | critic_state(critic)
         stored = stored_keys(path)
         _require_same_optimizer(path, stored, wanted)
         require_same_adapter(path, stored, wanted["model"])
@@ -157,15 +160,11 @@ def layout(topology: Topology) -> dict[str, int]:
     return {"tensor": topology.tp_size, "pipeline": topology.pp_size, "data": topology.dp_size, "context": topology.cp_size}
 
 
-def sharded_state(
-    policy: Checkpointed, topology: Topology, *, critic: Checkpointed | None = None, with_rng: bool = True
-) -> dict[str, Any]:
-    """Everything that a checkpoint holds in tensors and objects, as Megatron's sharded state; tensors are not copied."""
+def sharded_state(policy: Checkpointed, topology: Topology, *, with_rng: bool = True) -> dict[str, Any]:
+    """All of the policy and its rank that a checkpoint holds, as Megatron's sharded state; tensors are not copied."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     state = policy.sharded_state()
-    if critic is not None:
-        state |= {f"{_CRITIC}{name}": part for name, part in critic.sharded_state().items()}
     if with_rng:
         group = topology.dp_cp_group
         state["rng"] = ShardedObject(
@@ -176,6 +175,11 @@ def sharded_state(
             replica_id=0,
         )
     return state
+
+
+def critic_state(critic: Checkpointed | None) -> dict[str, Any]:
+    """Likewise of the critic; {} without one. Its names are beside the policy's."""
+    return {f"{_CRITIC}{name}": part for name, part in critic.sharded_state().items()} if critic is not None else {}
 
 
 def _require_same_optimizer(path: Path, stored: set[str], wanted: dict[str, Any]) -> None:

@@ -18,96 +18,6 @@ rule = COMBINATIONS.rule
 _ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """How many copies of the model train: world size / (tensor x pipeline x context), rounded down."""
-    return world_size // _model_size(config)
-
-
-def _model_size(config: Config) -> int:
-    """Processes that share one copy of the model; at least 1, since a size below 1 is reported by its own range."""
-    return max(1, config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
-
-
-# ---- layout ---------------------------------------------------------------------------------------------------------------
-
-
-@rule("`parallel.pipeline` x `parallel.virtual_pipeline` must divide the model's number of layers")
-def _pipeline_divides_layers(config: Config, facts: Facts) -> Iterator[Finding]:
-    model, stages, virtual = facts.model, config.parallel.pipeline, config.parallel.virtual_pipeline
-    if model is not None and stages >= 1 and virtual >= 1 and model.num_layers % (stages * virtual):
-        fitting = [n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0]
-        yield Finding(
-            f"they are {stages} and {virtual}, and the model has {model.num_layers} layers",
-            f"Products that fit this model: {', '.join(map(str, fitting))}.",
-        )
-
-
-@rule("`parallel.virtual_pipeline` needs `parallel.pipeline` > 1: it interleaves the stages of a pipeline")
-def _virtual_pipeline_needs_pipeline(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
-        yield Finding(
-            f"`parallel.virtual_pipeline` is {config.parallel.virtual_pipeline} and `parallel.pipeline` is 1",
-            "Set `parallel.virtual_pipeline=1`, or choose `parallel=pp2_vpp2`.",
-        )
-
-
-@rule("The number of processes must be divisible by `parallel.tensor` x `parallel.pipeline` x `parallel.context`")
-def _world_size_divides(config: Config, facts: Facts) -> Iterator[Finding]:
-    tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
-    model_size = _model_size(config)
-    if facts.world_size % model_size:
-        yield Finding(
-            f"{facts.world_size} processes for {tensor} x {pipeline} x {context} = {model_size}, which leaves no whole"
-            " data-parallel size",
-            f"Start {model_size} processes or a multiple (`torchrun --nproc-per-node {model_size} -m skyrl_mega.train ...`), or"
-            " set `parallel.tensor=1`.",
-        )
-
-
-@rule("`parallel.tensor` must divide the model's attention heads, KV heads and FFN size (the vocabulary is padded)")
-def _tensor_divides_model(config: Config, facts: Facts) -> Iterator[Finding]:
-    model, tensor = facts.model, config.parallel.tensor
-    if model is None or tensor < 1:
-        return
-    sizes = {"attention heads": model.num_heads, "KV heads": model.num_kv_heads}
-    if model.experts is None or model.experts.dense_layers:
-        sizes["FFN size"] = model.ffn_size
-    if model.experts is not None and model.experts.shared_ffn_size:
-        sizes["shared expert's FFN size"] = model.experts.shared_ffn_size
-    odd = [f"{size} {name}" for name, size in sizes.items() if size % tensor]
-    if odd:
-        fitting = [n for n in range(1, model.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
-        yield Finding(
-            f"`parallel.tensor` is {tensor} and the model has {', '.join(odd)}",
-            f"Sizes that fit this model: {', '.join(map(str, fitting))}.",
-        )
-
-
-@rule("`parallel.sequence_parallel` needs `parallel.tensor` > 1")
-def _sequence_parallel_needs_tensor(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
-        yield Finding(
-            "`parallel.sequence_parallel` is true and `parallel.tensor` is 1",
-            "Set `parallel.sequence_parallel=false`, or choose `parallel=tp2_sp`.",
-        )
-
-
-@rule("`parallel.overlap_param_gather` needs `parallel.overlap_grad_reduce` and `parallel.distributed_optimizer`")
-def _param_gather_overlaps_with_the_rest(config: Config, facts: Facts) -> Iterator[Finding]:
-    parallel = config.parallel
-    if parallel.overlap_param_gather and not (parallel.overlap_grad_reduce and parallel.distributed_optimizer):
-        yield Finding(
-            f"they are {str(parallel.overlap_grad_reduce).lower()} and {str(parallel.distributed_optimizer).lower()}",
-            "Set both, or `parallel.overlap_param_gather=false`.",
-        )
-
-
-@rule("`parallel.overlap_tensor` needs `parallel.sequence_parallel`: what it overlaps is that mode's gathers and scatters")
-def _tensor_overlap_needs_sequence_parallel(config: Config, facts: Facts) -> Iterator[Finding]:
-    if config.parallel.overlap_tensor and not config.parallel.sequence_parallel:
-        yield Finding("`parallel.sequence_parallel` is false", "Set it, or `parallel.overlap_tensor=false`.")
-
-
 # ---- memory ---------------------------------------------------------------------------------------------------------------
 
 
@@ -162,56 +72,6 @@ def _cuda_settings_need_cuda(config: Config, facts: Facts) -> Iterator[Finding]:
 def _fp8_is_over_bfloat16(config: Config, facts: Facts) -> Iterator[Finding]:
     if config.model.fp8 != "off" and config.model.dtype != "bfloat16":
         yield Finding(f"`model.dtype` is {config.model.dtype}", "Choose `precision=fp8`, or set `model.fp8=off`.")
-
-
-# ---- critic ---------------------------------------------------------------------------------------------------------------
-
-
-@rule("The model of `critic.path` is laid out as the policy's: heads, layers and experts must divide likewise")
-def _layout_fits_critic(config: Config, facts: Facts) -> Iterator[Finding]:
-    critic, parallel = facts.critic, config.parallel
-    if critic is None or min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert) < 1:
-        return
-    sizes = {
-        "attention heads": (critic.num_heads, parallel.tensor),
-        "KV heads": (critic.num_kv_heads, parallel.tensor),
-        "layers": (critic.num_layers, parallel.pipeline * parallel.virtual_pipeline),
-        "FFN size": (critic.ffn_size, parallel.tensor if critic.experts is None else 1),
-        "experts": (critic.experts.count if critic.experts is not None else 1, parallel.expert),
-    }
-    odd = [f"{name} {size}, not divisible by {ranks}" for name, (size, ranks) in sizes.items() if size % ranks]
-    if odd:
-        yield Finding(f"it has {'; '.join(odd)}", "Choose another layout, or another model for the critic.")
-
-
-@rule("The model of `critic.path` must know as many positions as `rollout.max_model_len`, and the tokens of the policy")
-def _critic_reads_what_the_policy_writes(config: Config, facts: Facts) -> Iterator[Finding]:
-    critic, longest = facts.critic, config.rollout.max_model_len
-    if critic is None:
-        return
-    if longest > critic.max_position_embeddings:
-        known = critic.max_position_embeddings
-        yield Finding(f"it knows {known} of {longest} positions", f"Set `rollout.max_model_len={known}` or less.")
-    if facts.model is not None and critic.vocab_size != facts.model.vocab_size:
-        yield Finding(
-            f"its vocabulary has {critic.vocab_size} entries, the policy's {facts.model.vocab_size}",
-            "Make sure that both have the same tokenizer (some families pad the vocabulary differently by size).",
-            is_warning=True,
-        )
-
-
-@rule("`critic.warmup_steps` must leave steps to the policy: fewer than `trainer.max_steps`")
-def _warmup_ends(config: Config, facts: Facts) -> Iterator[Finding]:
-    warmup, last = config.critic.warmup_steps, config.trainer.max_steps
-    if warmup >= last:
-        yield Finding(f"{warmup} of {last} steps", "Lower `critic.warmup_steps`, or raise `trainer.max_steps`.")
-
-
-@rule("`trainer.record_steps` records updates of the policy, and the first `critic.warmup_steps` steps have none")
-def _recorded_steps_train_the_policy(config: Config, facts: Facts) -> Iterator[Finding]:
-    early = [step for step in config.trainer.record_steps if 1 <= step <= config.critic.warmup_steps]
-    if early:
-        yield Finding(f"{', '.join(map(str, early))} of {config.critic.warmup_steps} such steps", "Record later ones.")
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------------
@@ -294,21 +154,6 @@ def _updates_divide_prompts(config: Config, facts: Facts) -> Iterator[Finding]:
         f"{prompts} prompts and {updates} updates",
         f"Try `trainer.updates_per_step={below}` or `trainer.prompts_per_step={updates}`.",
     )
-
-
-@rule("Every data-parallel process needs a sequence in every update")
-def _sequences_for_every_rank(config: Config, facts: Facts) -> Iterator[Finding]:
-    trainer = config.trainer
-    ranks = data_parallel_size(config, facts.world_size)
-    if trainer.updates_per_step < 1:
-        return
-    sequences = trainer.prompts_per_step * trainer.samples_per_prompt // trainer.updates_per_step
-    if sequences < ranks:
-        yield Finding(
-            f"{trainer.prompts_per_step} prompts x {trainer.samples_per_prompt} samples / {trainer.updates_per_step} updates = "
-            f"{sequences} sequences for a data-parallel size of {ranks}",
-            "Raise `trainer.prompts_per_step`, lower `trainer.updates_per_step`, or start fewer processes.",
-        )
 
 
 @rule("`trainer.tokens_per_micro_batch` must be at least `rollout.max_model_len`: the longest trajectory has to fit")

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from skyrl_mega.config.rule import Facts, Finding, RuleBook
 from skyrl_mega.config.schema import Config
 
-EXPERT_COMBINATIONS = RuleBook()
-rule = EXPERT_COMBINATIONS.rule
+# ---- how experts are laid over the processes
+
+EXPERT_LAYOUT = RuleBook()
+rule = EXPERT_LAYOUT.rule
 
 
 @rule("`parallel.expert` and `parallel.expert_tensor` above 1 need a mixture of experts whose number and FFN size they divide")
@@ -66,6 +68,12 @@ def _expert_tensor_fits(config: Config, facts: Facts) -> Iterator[Finding]:
             f" is {config.trainer.device}",
             "Set `parallel.expert_tensor=1` and raise `parallel.expert`.",
         )
+
+
+# ---- everything else
+
+EXPERT_COMBINATIONS = RuleBook()
+rule = EXPERT_COMBINATIONS.rule
 
 
 @rule("`model.moe_aux_loss_coef` and `model.moe_z_loss_coef` > 0, and `model.freeze_router`, need a mixture of experts")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_mega.config.build import numbered
-from skyrl_mega.config.combinations import data_parallel_size
+from skyrl_mega.config.layout_rules import data_parallel_size
 from skyrl_mega.config.model_files import ModelFiles, inspect_model
 from skyrl_mega.config.offline_schema import DatasetConfig, DPOConfig, OfflineConfig, RMConfig, SFTConfig
 from skyrl_mega.config.optimizer_rules import schedule_fits

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from skyrl_mega.config.critic import SIZES
 from skyrl_mega.config.schema import Config
 from skyrl_mega.config.settings import all_settings
 
@@ -82,6 +83,7 @@ RANGES: dict[str, Range] = {
     "critic.value_clip": _ABOVE_0,
     "critic.huber_delta": _ABOVE_0,
     "critic.warmup_steps": _AT_LEAST_0,
+    **dict.fromkeys((f"critic.parallel.{name}" for name in SIZES), _AT_LEAST_0),
     "rollout.num_engines": _AT_LEAST_0,
     "rollout.engine_tensor": _AT_LEAST_1,
     "rollout.engine_pipeline": _AT_LEAST_1,

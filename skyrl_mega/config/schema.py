@@ -332,6 +332,21 @@ class CriticOptimizerConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
+class CriticParallelConfig:
+    """The critic's own layout over the policy's processes; 0 and auto: as `parallel` has it."""
+
+    tensor: int = opt(0, "Tensor-parallel size.")
+    pipeline: int = opt(0, "Pipeline-parallel size.")
+    virtual_pipeline: int = opt(0, "Model chunks per pipeline stage.")
+    context: int = opt(0, "Context-parallel size.")
+    expert: int = opt(0, "Expert-parallel size.")
+    expert_tensor: int = opt(0, "Processes that share one expert's matrices.")
+    sequence_parallel: Literal["auto", "on", "off"] = opt(
+        "auto", "Shard activations along the sequence; auto: with a tensor size of its own wherever that is above 1."
+    )
+
+
+@dataclass(frozen=True)
 class CriticConfig:
     """The value function of PPO; built where `algorithm.advantage` needs values (gae), and without effect elsewhere."""
 
@@ -347,6 +362,7 @@ class CriticConfig:
     huber_delta: float = opt(1.0, "Error beyond which loss=huber grows linearly.")
     warmup_steps: int = opt(0, "First steps of the run that train the critic only.")
     optimizer: CriticOptimizerConfig = opt(None, "How it is optimised.", factory=CriticOptimizerConfig)
+    parallel: CriticParallelConfig = opt(None, "How the processes share it.", factory=CriticParallelConfig)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skyrl_mega.config.combinations import data_parallel_size
+from skyrl_mega.config.layout_rules import data_parallel_size
 from skyrl_mega.config.load import load_saved, save_resolved
 from skyrl_mega.config.schema import Config, ParallelConfig
 from skyrl_mega.config.validate import validate

@@ -51,7 +51,7 @@ def _record(parts: Parts, step: int, samples: Sequence[TrainSample], batch: Trai
     def gathered(name: str) -> steps.Rows | None:
         values = [getattr(micro_batch, name) for micro_batch in batch.micro_batches]
         # On every rank the critic filled all micro-batches, or none.
-        return None if any(value is None for value in values) else gather_rows(values, batch, samples, topology)
+        return None if any(value is None for value in values) else gather_rows(values, batch, samples, critic.topology)
 
     def write_inputs() -> None:
         steps.begin(run_dir, step, of=OF_CRITIC)

@@ -187,10 +187,13 @@ def fill_logprobs(parts: Parts, batches: list[TrainBatch]) -> None:
 
 
 def train_critic(parts: Parts, step: int, divided: list[list[TrainSample]], batches: list[TrainBatch]) -> list[Metrics]:
-    """The critic's updates towards the step's returns; [] without one."""
-    if parts.critic is None:
+    """The critic's updates towards the step's returns; [] without one. A layout of its own has batches of its own."""
+    critic = parts.critic
+    if critic is None:
         return []
     with parts.recorder.phase("critic"):
+        if critic.topology is not parts.topology:
+            batches = [pack(critic.config, critic.topology, samples, share_prompts=parts.share_prompts) for samples in divided]
         updates = [partial(critic_update, parts, step, samples, batch) for samples, batch in zip(divided, batches, strict=True)]
         return [parts.skipped.attempt("critic", update) for update in updates]
 

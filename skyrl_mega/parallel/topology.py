@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from skyrl_mega.config.schema import ParallelConfig
 from skyrl_mega.errors import ConfigError, DeadlineError
 from skyrl_mega.parallel.device import install_megatron_cpu_shim
+from skyrl_mega.parallel.layout_state import LayoutState
 from skyrl_mega.parallel.watchdog import Watchdog, start_watchdog
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -75,6 +76,8 @@ class Topology:
     control_group: dist.ProcessGroup
     #: None in a world of one, which waits for nobody.
     watchdog: Watchdog | None = None
+    #: Megatron-Core's globals of this layout.
+    layout_state: LayoutState = field(default_factory=LayoutState, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +88,20 @@ class Topology:
     def is_last_stage(self) -> bool:
         """True on the ranks of the last pipeline stage, which alone have logits and losses."""
         return self.pp_rank == self.pp_size - 1
+
+    def in_force(self) -> contextlib.AbstractContextManager[None]:
+        """Megatron-Core's globals are those of this layout inside the block: a process may have models in several."""
+        return self.layout_state.in_force()
+
+    def lay_out(self, parallel: ParallelConfig, *, seed: int) -> Topology:
+        """The same ranks in another layout, `parallel`, with groups of their own. *All ranks.* Gone with this one's `destroy`.
+
+        Raises ConfigError where the sizes do not divide the world. Megatron-Core's globals stay those of the layout in force.
+        """
+        _require_sizes_fit(parallel, self.world_size, self.device)
+        state = LayoutState()
+        with self.deadline("a second layout"), state.founded():
+            return _build_groups(parallel, self.device, seed, self.control_group, self.watchdog, state)
 
     def enter(self, phase: str, step: int, has_deadline: bool = True) -> None:
         """Says, to any rank that should come to wait for this one, what it is doing from now on.
@@ -194,6 +211,7 @@ class Topology:
             self.watchdog.close()
         get_cuda_rng_tracker().reset()
         parallel_state.destroy_model_parallel()
+        LayoutState.forget()
         dist.destroy_process_group()
 
     def _late_message(self, phase: str, step: int | None, error: RuntimeError) -> str:
@@ -219,6 +237,23 @@ def init_topology(parallel: ParallelConfig, device: torch.device, *, seed: int) 
             "Process groups exist already in this process; call destroy() on the first Topology before init_topology."
         )
     world_size, rank = _world()
+    _require_sizes_fit(parallel, world_size, device)
+    timeout = timedelta(seconds=parallel.timeout_s)
+    if device.type == "cuda":
+        # Megatron overlaps reductions with matmuls by the order in which kernels were queued: one hardware queue keeps that
+        # order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(device)
+    install_megatron_cpu_shim()
+    _join(world_size, rank, device, timeout)
+    control_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    watchdog = start_watchdog(rank, world_size, parallel.timeout_s) if world_size > 1 else None
+    state = LayoutState()
+    state.stay_in_force()
+    return _build_groups(parallel, device, seed, control_group, watchdog, state)
+
+
+def _require_sizes_fit(parallel: ParallelConfig, world_size: int, device: torch.device) -> None:
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
         raise ConfigError(
@@ -238,15 +273,6 @@ def init_topology(parallel: ParallelConfig, device: torch.device, *, seed: int) 
             f"`parallel.expert_tensor` ({parallel.expert_tensor}) must be 1 on CPU: gloo can't gather the uneven numbers of "
             "tokens that the shards of an expert get. Set parallel.expert_tensor=1 and raise parallel.expert."
         )
-    timeout = timedelta(seconds=parallel.timeout_s)
-    if device.type == "cuda":
-        # Megatron overlaps reductions with matmuls by the order in which kernels were queued: one hardware queue keeps that
-        # order.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.cuda.set_device(device)
-    install_megatron_cpu_shim()
-    _join(world_size, rank, device, timeout)
-    return _build_groups(parallel, device, seed, timeout)
 
 
 def _world() -> tuple[int, int]:
@@ -281,7 +307,15 @@ def _join(world_size: int, rank: int, device: torch.device, timeout: timedelta) 
         ) from error
 
 
-def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, timeout: timedelta) -> Topology:
+def _build_groups(
+    parallel: ParallelConfig,
+    device: torch.device,
+    seed: int,
+    control_group: dist.ProcessGroup,
+    watchdog: Watchdog | None,
+    layout_state: LayoutState,
+) -> Topology:
+    """Initialises Megatron-Core for the layout, and the seeds of torch and Megatron."""
     from megatron.core import parallel_state as state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -292,15 +326,13 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,  # a timedelta is made of it: fractions are fine
+        distributed_timeout_minutes=parallel.timeout_s / 60,  # a timedelta is made of it: fractions are fine
     )
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    control_group = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Topology(
-        rank=rank,
-        world_size=world_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
         device=device,
         timeout_s=parallel.timeout_s,
         tp_rank=state.get_tensor_model_parallel_rank(),
@@ -321,7 +353,8 @@ def _build_groups(parallel: ParallelConfig, device: torch.device, seed: int, tim
         dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
         ep_group=state.get_expert_model_parallel_group(),
         control_group=control_group,
-        watchdog=start_watchdog(rank, world_size, parallel.timeout_s) if world_size > 1 else None,
+        watchdog=watchdog,
+        layout_state=layout_state,
     )
 
 

@@ -1,24 +1,25 @@
 """The critic: a value function of the policy's kind of model, its optimizer, and what the loop asks of it.
 
-Everything that does not depend on the loss is in `trainable`; the layout is the policy's.
+Everything that does not depend on the loss is in `trainable`. It may have a layout of its own over the policy's ranks
+(`critic.parallel`): its batches are then packed for that, and Megatron-Core's globals are those of its layout while it works.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from skyrl_mega.algorithms.value_losses import ValueLossInputs, critic_metrics, value_objective
+from skyrl_mega.config.critic import critic_config
 from skyrl_mega.config.learning_rate import critic_updates
 from skyrl_mega.errors import DataError, NonFiniteUpdateError
 from skyrl_mega.training.expert_load import expert_load_metrics
 from skyrl_mega.training.schedule import forward_per_token
-from skyrl_mega.training.trainable import Trainable
+from skyrl_mega.training.trainable import Trainable, in_its_layout
 from skyrl_mega.types import Metrics, MicroBatch, TrainBatch
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Critic(Trainable):
     """The value of every state of a batch, and updates towards its returns. All ranks call.
 
-    `config` is `critic_config` of the run's.
+    `config` is `critic_config` of the run's, `topology` a rank's place in its layout.
     """
 
     checkpoint_prefix = "critic."
@@ -39,20 +40,24 @@ class Critic(Trainable):
     def from_hf(cls, config: Config, topology: Topology) -> Critic:
         """The critic with the weights of `critic.path`, or the policy's where that is empty.
 
-        `config` is the run's. Where the directory has no `score.weight` every value is 0 at first.
+        `config` and `topology` are the run's. Where the directory has no `score.weight` every value is 0 at first.
         """
         from skyrl_mega.models.build import build_model
         from skyrl_mega.models.hf_io import load_hf_weights
         from skyrl_mega.models.value import ValueModel
 
-        config = critic_config(config)
-        chunks = build_model(config, topology, ValueModel)
-        load_hf_weights(chunks, config.model.path, topology)
-        return cls(config, topology, chunks)
+        own = critic_config(config)
+        if own.parallel != config.parallel:
+            topology = topology.lay_out(own.parallel, seed=config.trainer.seed)
+        with topology.in_force():
+            chunks = build_model(own, topology, ValueModel)
+            load_hf_weights(chunks, own.model.path, topology)
+            return cls(own, topology, chunks)
 
     def _plan_updates(self, config: Config) -> int:
         return critic_updates(config)
 
+    @in_its_layout
     def compute_values(self, batch: TrainBatch) -> list[torch.Tensor]:
         """Values under the current weights: one float32 [T] on CPU per micro-batch, on every rank of the model.
 
@@ -62,6 +67,7 @@ class Critic(Trainable):
         self._complete_weights()
         return forward_per_token(self.chunks, batch, self.config, self.topology, lambda values_T, _: values_T, phase="values")
 
+    @in_its_layout
     def train_step(self, batch: TrainBatch) -> Metrics:
         """One optimizer update over all micro-batches; returns numbers reduced over the global batch, all named `critic/...`.
 
@@ -102,11 +108,3 @@ class Critic(Trainable):
         """The statistics of all micro-batches of all data- and context-parallel ranks. Last stage only."""
         sums = {name: sum(float(output[name]) for output in outputs) for name in outputs[0]}
         return critic_metrics(self.topology.all_reduce_metrics(sums, op="sum"))
-
-
-def critic_config(config: Config) -> Config:
-    """The run's configuration with the critic's directory and optimizer in the places of the policy's."""
-    path = config.critic.path or config.model.path
-    # Its routers are its own, and choose for themselves.
-    model = replace(config.model, path=path, router_replay="off")
-    return replace(config, model=model, optimizer=config.critic.optimizer)

@@ -7,8 +7,8 @@ micro-batches and over data- and context-parallel ranks, and nothing is divided 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -31,6 +31,20 @@ if TYPE_CHECKING:
 
 #: (the rank's part of a micro-batch, what the last stage's model gave) -> Megatron's triple: loss, token count, statistics.
 MicroBatchLoss = Callable[[MicroBatch, torch.Tensor], tuple]
+
+
+P, T, Self = ParamSpec("P"), TypeVar("T"), TypeVar("Self", bound="Trainable")
+
+
+def in_its_layout(method: Callable[Concatenate[Self, P], T]) -> Callable[Concatenate[Self, P], T]:
+    """The method with Megatron-Core's globals being those of the model's own layout while it runs."""
+
+    @wraps(method)
+    def in_force(self: Self, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.topology.in_force():
+            return method(self, *args, **kwargs)
+
+    return in_force
 
 
 class Trainable:
@@ -171,6 +185,7 @@ class Trainable:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
+    @in_its_layout
     def sharded_state(self) -> dict[str, Any]:
         """Model and optimizer as a Megatron dist checkpoint holds them: views of their memory, which loading fills.
 
@@ -182,6 +197,7 @@ class Trainable:
         model_state = self.weights.sharded_state(self.checkpoint_prefix)
         return {"model": model_state, "optimizer_state": optim.sharded_state(self.optimizer, model_state)}
 
+    @in_its_layout
     def load_state(self, state: dict[str, Any], *, num_updates: int) -> None:
         """Completes what loading into `sharded_state` began."""
         self.weights.load_state(state["model"], self.checkpoint_prefix)
@@ -208,6 +224,7 @@ class Trainable:
         self._complete_weights()
         return self.weights.exporter.iter_weights(dtype)
 
+    @in_its_layout
     def save_hf(self, output: str) -> None:
         """Writes the model as a Hugging Face directory with the source's config and tokenizer files; adapters are merged."""
         from skyrl_mega.models.hf_io import save_hf
@@ -215,6 +232,7 @@ class Trainable:
         self._complete_weights()
         save_hf(self.weights.exporter, self.config.model.path, output, getattr(torch, self.config.model.dtype))
 
+    @in_its_layout
     def save_adapter(self, output: str) -> None:
         """Writes the adapter that is trained as a PEFT directory. ConfigError where the whole model is trained."""
         if self.weights.adapter is None:
@@ -224,6 +242,7 @@ class Trainable:
         self._complete_weights()
         save_adapter(self.weights.adapter, self.config.model.path, output)
 
+    @in_its_layout
     def save_apart(self, output: str) -> None:
         """As `save_hf`, but an adapter that is trained goes to a directory `lora` inside, and the base is not changed by it."""
         from skyrl_mega.models.hf_io import save_hf

@@ -293,15 +293,32 @@ def test_an_asynchronous_run_trains_every_group_once_and_within_its_bound(home, 
     assert names == ["rank 0", "coordinator", *engines, "transfers"]
 
 
-def test_ppo_trains_a_critic_beside_the_policy_and_resumes_to_the_same_numbers(home):
+PPO = [
+    *("algorithm.advantage=gae", "algorithm.normalize_advantages=true", "trainer.updates_per_step=2"),
+    *("critic.warmup_steps=1", "critic.optimizer.lr=1e-3", "evaluation.num_prompts=0", "rollout.probe_after_sync=false"),
+]
+
+
+@pytest.fixture(scope="module")
+def ppo(home):
+    run_dir = home / "ppo"
+    run(home, run_dir, *PPO)
+    return run_dir
+
+
+def cut_short(run_dir: Path, copy: Path) -> Path:
+    """A copy of the run as if killed between the last step and its checkpoint."""
+    shutil.copytree(run_dir, copy)
+    for made in ("checkpoints/step_000004", "hf", "hf_critic"):
+        shutil.rmtree(copy / made)
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def test_ppo_trains_a_critic_beside_the_policy_and_resumes_to_the_same_numbers(home, ppo):
     from transformers import AutoModelForSequenceClassification
 
-    settings = [
-        *("algorithm.advantage=gae", "algorithm.normalize_advantages=true", "trainer.updates_per_step=2"),
-        *("critic.warmup_steps=1", "critic.optimizer.lr=1e-3", "evaluation.num_prompts=0", "rollout.probe_after_sync=false"),
-    ]
-    run_dir, resumed = home / "ppo", home / "ppo_resumed"
-    run(home, run_dir, *settings)
+    run_dir = ppo
     rows = computed(run_dir)
     assert rows[1]["update/skipped"] == 1.0, "the first step is the critic's alone"
     assert "update/grad_norm" not in rows[1]
@@ -313,16 +330,23 @@ def test_ppo_trains_a_critic_beside_the_policy_and_resumes_to_the_same_numbers(h
     assert critic.config.num_labels == 1
     assert critic.score.weight.abs().max() > 0
 
-    # As if killed between the last step and its checkpoint.
-    shutil.copytree(run_dir, resumed)
-    for made in ("checkpoints/step_000004", "hf", "hf_critic"):
-        shutil.rmtree(resumed / made)
-    (resumed / "summary.json").unlink()
-    assert "step_000002" in run(home, resumed, *settings)
+    resumed = cut_short(run_dir, home / "ppo_resumed")
+    assert "step_000002" in run(home, resumed, *PPO)
     assert computed(resumed) == rows
     for made in ("hf", "hf_critic"):
         weights = [(directory / made / "model.safetensors").read_bytes() for directory in (run_dir, resumed)]
         assert weights[0] == weights[1], made
+
+
+def test_a_critic_in_a_layout_of_its_own_goes_on_with_ppo_on_two_ranks(home, ppo):
+    """The policy is split over both ranks, and each has a whole critic. What the ledger replays is the same."""
+    rows, resumed = computed(ppo), cut_short(ppo, home / "ppo_two_layouts")
+    assert "step_000002" in run(home, resumed, *PPO, "parallel=tp2", "critic.parallel.tensor=1", ranks=2)
+    after = computed(resumed)
+    for name, value in rows[3].items():
+        assert after[3][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert after[STEPS]["critic/grad_norm"] > 0.0
+    assert (resumed / "hf_critic" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])

@@ -603,7 +603,22 @@ BAD_CRITICS = {
     "heads": (
         {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 5, "intermediate_size": 99},
         ["parallel=tp2_pp2"],
-        ["attention heads 3, not divisible by 2", "KV heads 1", "layers 5", "FFN size 99", "another model for the critic"],
+        [
+            "The critic's layout must fit its model",
+            "`critic.parallel.tensor` is 2 and the model has 3 attention heads, 1 KV heads, 99 FFN size",
+            "`critic.parallel.pipeline` x `critic.parallel.virtual_pipeline` must divide",
+            "they are 2 and 1, and the model has 5 layers. Products that fit this model: 1, 5. (0 there is the policy's.)",
+        ],
+    ),
+    "a layout of its own": (
+        {},
+        ["parallel=tp2_pp2", "critic.parallel.pipeline=1", "critic.parallel.virtual_pipeline=2", "critic.parallel.tensor=8"],
+        ["`critic.parallel.virtual_pipeline` is 2 and `critic.parallel.pipeline` is 1", "4 processes for 8 x 1 x 1 = 8"],
+    ),
+    "sequence parallel": (
+        {},
+        ["critic.parallel.tensor=1", "critic.parallel.sequence_parallel=on"],
+        ["`critic.parallel.sequence_parallel` is true and `critic.parallel.tensor` is 1"],
     ),
     "positions": ({"max_position_embeddings": 64}, [], ["it knows 64 of 1024 positions", "`rollout.max_model_len=64`"]),
     "family": ({"model_type": "gpt2"}, [], ["The model's family must be one of llama", "`gpt2`"]),
