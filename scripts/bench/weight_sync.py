@@ -1,14 +1,16 @@
 """What does a weight version cost on its way from the trainer's memory to where an engine can read it?
 
 Limits, written down first: over shm at most 3 times a plain copy of the same bytes; over gloo at least 60% of the rate of a bare
-gloo broadcast of the same bytes in buckets of the same size; checksums of both ends under 5% of a sync with a real engine.
+gloo broadcast of the same bytes in buckets of the same size; checksums of both ends adding under 5% to a sync with a real engine.
 
 - `synthetic_1b`: 1.24 billion bfloat16 parameters in a Llama's shapes, from tensors in this process to a receiving process that
   has checked every byte ("engine-visible"); no engine, no repacking. Each round measures by turns: the plain copy (`memcpy`, to
   memory that was touched before), the bare broadcast (`raw_gloo`), and a whole version by `shm`, by `gloo`, and as differences
   after one element in fifty changed by its last bit (`shm_delta`, `gloo_delta`).
 - `smollm2`: the same from SmolLM2-135M in bfloat16 into a real vLLM engine in a child process, until it serves the version.
-  `worker_load` is vLLM's own loading and repacking; `visible` is what remains of the sync without it where nothing overlaps.
+  `worker_load` is vLLM's own loading and repacking. Each round also pushes with checksums taken out of both ends (`unchecked`):
+  `checksum_cost` is what they add to a sync, best to best. `checksum_share`, the seconds spent summing at both ends over the
+  sync's, is higher: the sender sums while others work.
 
 Of every road the best round counts, and ratios are of best to best within one run: other people's work on the machine only
 ever slows a round down. Sender and receiver have one thread each.
@@ -26,11 +28,13 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to call `sum_nothing` in vLLM's worker
 
 import torch
 
@@ -48,6 +52,8 @@ BUCKET_BYTES = 64 * 2**20
 TIMEOUT_S = 120.0
 CHANGED_SHARE = 0.02
 ROADS = ("shm", "gloo", "shm_delta", "gloo_delta")  # whole versions first
+UNCHECKED = "_unchecked"
+NO_CHECKSUM = "0" * 16
 
 
 class Tensors:
@@ -126,7 +132,7 @@ def receive(pipe: Any) -> None:
         pipe.send(answer)
 
 
-def receive_raw(port: int, count: int) -> None:
+def receive_raw(port: int, count: int, bucket_bytes: int) -> None:
     import datetime
 
     import torch.distributed as dist
@@ -134,7 +140,7 @@ def receive_raw(port: int, count: int) -> None:
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     store = dist.TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False, timeout=timeout)
     group = join_group(store, "raw", 1, 2, host=LOOPBACK, timeout_s=TIMEOUT_S)
-    buffer = torch.zeros(BUCKET_BYTES, dtype=torch.uint8)
+    buffer = torch.zeros(bucket_bytes, dtype=torch.uint8)
     for _ in range(count + 1):
         broadcast(group, buffer)
 
@@ -197,7 +203,7 @@ def raw_gloo(receiver: ReceivingProcess, values: torch.Tensor) -> float:
 
     count = values.numel() // BUCKET_BYTES
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=TIMEOUT_S))
-    done = receiver.ask("raw", {"port": store.port, "count": count})
+    done = receiver.ask("raw", {"port": store.port, "count": count, "bucket_bytes": BUCKET_BYTES})
     group = join_group(store, "raw", 0, 2, host=LOOPBACK, timeout_s=TIMEOUT_S)
     broadcast(group, values[:BUCKET_BYTES])
     started = time.perf_counter()
@@ -221,10 +227,27 @@ def push(source: Tensors, sink: FleetSink, version: int) -> dict[str, float]:
     return {**published.seconds, "payload_bytes": sink.payload_bytes}
 
 
+def sum_nothing(worker: Any = None, *, on: bool) -> None:
+    """Takes checksums out of this process's ends of the transports, or puts them back. Also called in vLLM's worker."""
+    from skyrl_mega.rollout.transport import checksum, encode, receiver
+
+    def copy_only(target: torch.Tensor, tensor: torch.Tensor) -> tuple[str, float]:
+        target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return NO_CHECKSUM, 0.0
+
+    for module in (encode, receiver):
+        module.tensor_checksum = (lambda tensor: NO_CHECKSUM) if on else checksum.tensor_checksum
+    encode.copy_with_checksum = copy_only if on else checksum.copy_with_checksum
+
+
 Turns = list[dict[str, float]]
+#: Takes checksums out at both ends (True), or puts them back.
+Switch = Callable[[bool], None]
 
 
-def measure(source: Tensors, receiver: Any, rounds: int, *, with_raw_gloo: bool) -> list[dict[str, Turns]]:
+def measure(
+    source: Tensors, receiver: Any, rounds: int, *, with_raw_gloo: bool, uncheck: Switch | None = None
+) -> list[dict[str, Turns]]:
     """Per road the seconds of every round, by phase; the first round touches new memory. One dict per group of roads by turns."""
     flat = torch.zeros(source.size_bytes, dtype=torch.uint8)
     copies, at = {}, 0
@@ -249,6 +272,11 @@ def measure(source: Tensors, receiver: Any, rounds: int, *, with_raw_gloo: bool)
                 if road.endswith("_delta"):
                     source.change_some(version)
                 seconds.setdefault(road, []).append(push(source, sink, version))
+                if uncheck is not None and roads == ROADS[:2]:
+                    version += 1
+                    uncheck(True)
+                    seconds.setdefault(road + UNCHECKED, []).append(push(source, sink, version))
+                    uncheck(False)
             print(f"  round {turn}: " + ", ".join(f"{k} {v[-1]['total']:.3f} s" for k, v in seconds.items()), file=sys.stderr)
         for sink in sinks.values():
             sink.close()
@@ -262,7 +290,7 @@ def records(case: str, source: Tensors, groups: list[dict[str, Turns]]) -> list[
     for index, seconds in enumerate(groups):
         best = {road: min(turns[1:], key=lambda phases: phases["total"]) for road, turns in seconds.items()}
         for road, phases in best.items():
-            if index == 0 or road in ROADS:
+            if (index == 0 or road in ROADS) and not road.endswith(UNCHECKED):
                 lines.append(record(case, source, road, seconds, best, phases))
     return lines
 
@@ -292,6 +320,9 @@ def record(
     if "raw_gloo" in best:
         line["share_of_raw_gloo"] = best["raw_gloo"]["total"] / total
     if "checksum" in phases:
+        if unchecked := best.get(road + UNCHECKED):
+            line["checksum_cost"] = total / unchecked["total"] - 1
+            line["unchecked_every_round_s"] = [turn["total"] for turn in seconds[road + UNCHECKED][1:]]
         line["checksum_share"] = (phases["checksum"] + phases["worker_checksum"]) / total
     if "worker_load" in phases:
         ours = phases["pack"] + phases["checksum"] + phases["worker_receive"] + phases["worker_checksum"]
@@ -321,7 +352,12 @@ def run_smollm2(rounds: int) -> list[dict[str, Any]]:
     rollout = RolloutConfig(dtype="bfloat16", max_model_len=256, max_num_seqs=8)
     engine = VLLMEngine.start(rollout, model_path=MODEL, seed=0, threads=1, in_process=False, device="cpu")
     try:
-        groups = measure(source, engine.weight_receiver(), rounds, with_raw_gloo=False)
+
+        def uncheck(on: bool) -> None:
+            sum_nothing(on=on)
+            engine._living_llm().collective_rpc(sum_nothing, kwargs={"on": on})
+
+        groups = measure(source, engine.weight_receiver(), rounds, with_raw_gloo=False, uncheck=uncheck)
     finally:
         engine.close()
     return records("smollm2", source, groups)
@@ -333,6 +369,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         extra = [f"{line['bytes_per_s'] / 1e9:.2f} GB/s", f"{line['times_memcpy']:.2f} x memcpy"]
         extra += [f"{100 * line['share_of_raw_gloo']:.0f}% of raw gloo"] if "share_of_raw_gloo" in line else []
         extra += [f"checksums {100 * line['checksum_share']:.1f}%"] if "checksum_share" in line else []
+        extra += [f"(adding {100 * line['checksum_cost']:.1f}%)"] if "checksum_cost" in line else []
         print(f"{line['case']:<13} {line['road']:<10} {', '.join(extra)}; {phases}")
 
 
@@ -340,11 +377,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there as a JSON list")
     parser.add_argument("--only", choices=("synthetic_1b", "smollm2"), help="one of the two cases")
+    parser.add_argument("--bucket-mib", type=int, default=BUCKET_BYTES // 2**20, help="bytes of a bucket (default: that of runs)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5), after one that is not")
     options = parser.parse_args()
     if options.only != "synthetic_1b" and not Path(MODEL).is_dir():
         parser.error(f"no model at {MODEL}; run scripts/quickstart.sh once, or set SKYRL_MEGA_BENCH_MODEL")
     torch.set_num_threads(1)
+    BUCKET_BYTES = options.bucket_mib * 2**20
     found = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "load": load_average(), "hardware": hardware()}
     found |= {"versions": collect_versions(), "commit": git_commit()}
     measured: list[dict[str, Any]] = []

@@ -130,6 +130,28 @@ def _delta_is_in_host_memory(config: Config, facts: Facts) -> Iterator[Finding]:
         )
 
 
+@rule(
+    "`rollout.quantization=fp8` is for dense models without multi-latent attention, in bfloat16, whose whole weights go to"
+    " engines of ours"
+)
+def _eight_bit_engines_are_possible(config: Config, facts: Facts) -> Iterator[Finding]:
+    rollout, model = config.rollout, facts.model
+    if rollout.quantization == "none":
+        return
+    if model is not None and (model.experts is not None or model.latent_size > 0):
+        kind = "a mixture of experts" if model.experts is not None else "of multi-latent attention"
+        yield Finding(f"the model (`{model.family}`) is {kind}", "Set `rollout.quantization=none`.")
+    if rollout.dtype != "bfloat16":
+        yield Finding(f"`rollout.dtype` is {rollout.dtype}", "Choose `precision=bfloat16`, or `rollout.quantization=none`.")
+    if rollout.external_urls:
+        yield Finding(
+            f"`rollout.external_urls` is {list(rollout.external_urls)}",
+            "Start the engines here, or set `rollout.quantization=none`.",
+        )
+    if config.lora.rank > 0 and config.lora.sync != "merged":
+        yield Finding(f"`lora.sync` is {config.lora.sync}", "Set `lora.sync=merged`, or `rollout.quantization=none`.")
+
+
 @rule("`parallel.timeout_s` should exceed `rollout.request_timeout_s`: else ranks give up before a hung engine is found out")
 def _ranks_outwait_requests(config: Config, facts: Facts) -> Iterator[Finding]:
     ranks_s, request_s = config.parallel.timeout_s, config.rollout.request_timeout_s

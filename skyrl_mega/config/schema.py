@@ -395,6 +395,10 @@ class RolloutConfig:
         0.0, "Extra groups begun per step, as a share; the slowest are ended early once a step is full, and begun again later."
     )
     dtype: Dtype = opt("bfloat16", "Weights of the engine; pairs with model.dtype.")
+    quantization: Literal["none", "fp8"] = opt(
+        "none",
+        "fp8: weights of linear layers travel as 8-bit numbers with a scale per channel, and engines multiply 8-bit numbers.",
+    )
     temperature: float = opt(1.0, "Sampling temperature of training rollouts.")
     top_p: float = opt(1.0, "Nucleus sampling; 1.0 is off.")
     top_k: int = opt(0, "Top-k sampling; 0 is off.")
@@ -414,7 +418,9 @@ class RolloutConfig:
         "recompute", "What requests in flight do after a weight update: go on with old keys and values, or compute them again."
     )
     probe_after_sync: bool = opt(False, "After each weight sync compare engine and policy logprobs on a few sequences.")
-    probe_tolerance: float = opt(0.0, "Largest mean |logprob difference| the probe accepts; 0: 1e-3 in float32, 0.1 in bfloat16.")
+    probe_tolerance: float = opt(
+        0.0, "Largest mean |logprob difference| the probe accepts; 0: 1e-3 in float32, 0.1 in bfloat16, 0.3 in fp8."
+    )
     start_timeout_s: float = opt(300.0, "Deadline for the engine to come up.")
 
 

@@ -122,8 +122,8 @@ def run_evaluation(config: Config, *, checkpoint: str | None = None, output: Pat
 
         display = StepDisplay(1, "lines")
         weights = None
-        if path is not None or config.lora.path:
-            with display.status(f"loading {path or config.lora.path}"):
+        if path is not None or config.lora.path or config.rollout.quantization != "none":
+            with display.status(f"loading {path or config.lora.path or config.model.path}"):
                 weights = _weights_of(config, topology, path)
         # An evaluation trains nothing: its ledger stays empty, and apart from the run's.
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -302,6 +302,7 @@ def _push_once(config: Config, topology: Topology, source: WeightSource, rollout
     """Publishes a checkpoint's weights to the engines."""
     import torch
 
+    from skyrl_mega.weights.fp8 import as_engines_take
     from skyrl_mega.weights.publish import publish
 
     timeout_s = config.parallel.timeout_s
@@ -309,7 +310,9 @@ def _push_once(config: Config, topology: Topology, source: WeightSource, rollout
         receivers = rollout.call("receivers", timeout_s=timeout_s)
         sink = _make_sink(config, topology, receivers, stack)
         dtype = getattr(torch, config.rollout.dtype)
-        published = publish(source, sink, version, dtype, bucket_bytes=config.rollout.weight_bucket_mib * 2**20)
+        published = publish(
+            as_engines_take(source, config.rollout), sink, version, dtype, bucket_bytes=config.rollout.weight_bucket_mib * 2**20
+        )
         served = [receiver.name for receiver in receivers if receiver.name not in published.failed]
         rollout.call("serve", version, served, timeout_s=timeout_s)
 
@@ -349,13 +352,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _weights_of(config: Config, topology: Topology, checkpoint: Path | None) -> WeightSource:
-    """What engines get to serve a checkpoint; None: the adapter of `lora.path`."""
+    """What engines get to serve a checkpoint; None: the adapter of `lora.path`, or the model of `model.path`."""
     from skyrl_mega.checkpoint.state import load_model
     from skyrl_mega.models import lora_weights
+    from skyrl_mega.models.hf_io import load_hf_weights
 
     chunks = lora_weights.build_to_load(config, topology)
     if checkpoint is not None:
         load_model(checkpoint, chunks)
+    elif chunks[0].adapters is None:
+        load_hf_weights(chunks, config.model.path, topology)
     else:
         lora_weights.load_adapter(chunks[0].adapters, chunks[0].adapters.active, config.lora.path)
     if syncs_adapter(config):

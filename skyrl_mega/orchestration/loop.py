@@ -38,6 +38,7 @@ from skyrl_mega.training.policy import Policy
 from skyrl_mega.training.reference import BaseModel, ReferenceModel
 from skyrl_mega.training.schedule import packing_multiples
 from skyrl_mega.types import Metrics, TrainBatch, TrainSample, TrainState, TrajectoryGroup, WeightVersion
+from skyrl_mega.weights.fp8 import as_engines_take
 from skyrl_mega.weights.publish import publish
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def train(parts: Parts) -> TrainState:
     config, recorder = parts.config, parts.recorder
     warmed_up = warm_up(parts)
     if parts.state.step == 0:
-        if parts.state.warmup_steps > 0 or config.lora.path:
+        if parts.state.warmup_steps > 0 or config.lora.path or config.rollout.quantization != "none":
             push_weights(parts, 0)
         recorder.record(0, warmed_up | evaluate(parts, 0))
     for step in range(parts.state.step + 1, config.trainer.max_steps + 1):
@@ -234,13 +235,16 @@ def push_weights(parts: Parts, version: int, *, stale_only: bool = False) -> Wei
     `stale_only`: to the engines that wait for weights. Engines that did not take them are replaced or wait for the next push,
     and so do all engines where none took them; but a run whose pushes go on failing ends.
     """
-    timeout_s, bucket_bytes = parts.config.parallel.timeout_s, parts.config.rollout.weight_bucket_mib * 2**20
+    config = parts.config
+    timeout_s, bucket_bytes = config.parallel.timeout_s, config.rollout.weight_bucket_mib * 2**20
     if parts.rollout is not None:
         parts.receivers[:] = parts.rollout.call("receivers", stale_only=stale_only, timeout_s=timeout_s)
     proof = None
     try:
         source = parts.policy.adapter_source if parts.syncs_adapter else parts.policy
-        proof = publish(source, parts.sink, version, parts.engine_dtype, bucket_bytes=bucket_bytes)
+        proof = publish(
+            as_engines_take(source, config.rollout), parts.sink, version, parts.engine_dtype, bucket_bytes=bucket_bytes
+        )
         parts.failed_pushes = 0
     except WeightSyncError as error:
         parts.failed_pushes += bool(parts.receivers)  # while all engines are being replaced there is nobody to fail

@@ -9,14 +9,15 @@ from skyrl_mega.errors import NumericsError
 from skyrl_mega.types import Metrics, TrainSample
 
 if TYPE_CHECKING:
-    from skyrl_mega.config.schema import Config
+    from skyrl_mega.config.schema import Config, RolloutConfig
     from skyrl_mega.orchestration.rollout_host import RolloutHost
     from skyrl_mega.parallel.topology import Topology
     from skyrl_mega.training.policy import Policy
     from skyrl_mega.types import TrajectoryGroup
 
-#: Mean |difference| accepted by default. Measured: about 1e-5 in float32; 0.01-0.05 where both sides compute in bfloat16.
-DEFAULT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+#: Mean |difference| accepted by default. Measured: about 1e-5 in float32; 0.01-0.05 where both sides compute in bfloat16;
+#: 0.05-0.1 where the engine computes in 8 bits.
+DEFAULT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "fp8": 0.3}
 NUM_SEQUENCES = 8
 
 
@@ -48,13 +49,17 @@ def probe_engine(
     computed = unpack(policy.compute_logprobs(batch, temperature=1.0), batch, samples)
     difference = torch.cat([(torch.tensor(a)[1:] - b[1:]).abs() for a, b in zip(scored, computed, strict=True)])
     mean, largest = float(difference.mean()), float(difference.max())
-    tolerance = config.rollout.probe_tolerance or DEFAULT_TOLERANCE[config.rollout.dtype]
+    tolerance = config.rollout.probe_tolerance or DEFAULT_TOLERANCE[_precision(config.rollout)]
     if not mean <= tolerance:
         raise NumericsError(
             f"after the weight sync, engine and policy logprobs differ by {mean:.2e} on average (largest {largest:.2e}), more "
             f"than rollout.probe_tolerance {tolerance:.0e}: the engine does not serve the policy's weights"
         )
     return {"probe/logprob_diff_mean": mean, "probe/logprob_diff_max": largest}
+
+
+def _precision(rollout: RolloutConfig) -> str:
+    return rollout.dtype if rollout.quantization == "none" else rollout.quantization
 
 
 def _all_tokens(index: int, token_ids: list[int]) -> TrainSample:

@@ -146,7 +146,8 @@ async def make_coordinator(plan: RolloutPlan) -> RolloutCoordinator:
             factories = {name: traced(factory, trace) for name, factory in factories.items()}
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         rewards = make_pipeline(config, tokenizer, sequential=plan.placement == "in_process")
-        begins_stale = config.warmup.steps > 0 or bool(config.lora.path)
+        # Engines come up with the weights of model.path, or, where they are to be 8-bit, with none.
+        begins_stale = config.warmup.steps > 0 or bool(config.lora.path) or config.rollout.quantization != "none"
         fleet = Fleet(config.rollout, factories, policy_version=plan.policy_version, begins_stale=begins_stale)
         on_failure.push_async_callback(fleet.close)
         runner = AgentRunner(

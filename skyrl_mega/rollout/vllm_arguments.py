@@ -12,6 +12,7 @@ from typing import Any
 
 from skyrl_mega.config.schema import RolloutConfig
 from skyrl_mega.errors import ConfigError
+from skyrl_mega.rollout.vllm_fp8 import fp8_arguments
 
 #: Tokens of one engine step: enough to prefill several hundred short prompts at once.
 MIN_BATCHED_TOKENS = 8192
@@ -32,6 +33,7 @@ def engine_arguments(
     With `routed_experts` requests come back with the experts that computed their tokens. On a CPU each worker's
     `capture_routed_experts` must be called before the first request (`vllm_routing`). `lora_rank` > 0: the engine serves an
     adapter of at most this rank (one that vLLM knows, `lora_rules.engine_rank`), and weight versions are versions of it.
+    With `rollout.quantization` it has no weights until a version arrives.
 
     Raises ConfigError for pipeline stages and data parallelism on CPU, where vLLM 0.32 dies of the first request.
     """
@@ -65,6 +67,8 @@ def engine_arguments(
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
+    if rollout.quantization == "fp8":
+        arguments |= fp8_arguments()
     if lora_rank > 0:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": lora_rank}
         arguments["lora_target_modules"] = list(ADAPTED)

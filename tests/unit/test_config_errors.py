@@ -279,6 +279,16 @@ BAD_COMBINATIONS = {
         1,
         ["records updates of the policy", "2, 3 of 3 such steps", "later ones"],
     ),
+    "8-bit engines of float32": (
+        ["rollout.quantization=fp8", "precision=float32", "lora.rank=4"],
+        1,
+        ["`rollout.quantization=fp8` is for dense models", "`rollout.dtype` is float32", "Set `lora.sync=merged`"],
+    ),
+    "8-bit engines of others": (
+        ["rollout.quantization=fp8", "rollout.external_urls=[http://host:1/v1]"],
+        1,
+        ["whose whole weights go to engines of ours", "Start the engines here"],
+    ),
     "a critic that is only warmed up": (
         ["critic.warmup_steps=100"],
         1,
@@ -785,6 +795,12 @@ BAD_EXPERT_LAYOUTS = {
         ["parallel.expert=2", "parallel.pipeline=2"],
         2,
         ["`parallel.expert` x `parallel.expert_tensor` x `parallel.pipeline`", "2 processes for 2 x 1 x 2 = 4", "Start 4"],
+    ),
+    "8-bit engines": (
+        QWEN3_MOE,
+        ["rollout.quantization=fp8"],
+        1,
+        ["`rollout.quantization=fp8` is for dense models", "the model (`qwen3_moe`) is a mixture of experts"],
     ),
     "tensor without sequence parallel": (
         QWEN3_MOE,
