@@ -58,8 +58,8 @@ VECTOR_INLINE Exponential exponential(Vec x) {
   return {scale * (tail + r + 1.0f), scale * tail + ((scale * r + (scale - 1.0f)) - x)};
 }
 
-// log(x) of a positive, normal x, within 2 ulp; of NaN any number. Cephes' logf: x = 2^e m with sqrt(1/2) <= m < sqrt(2), then a
-// polynomial in m - 1.
+// log(x) of a positive, normal x, within 2 ulp; NaN stays NaN. Cephes' logf: x = 2^e m with sqrt(1/2) <= m < sqrt(2), then a polynomial
+// in m - 1.
 VECTOR_INLINE Vec log_positive(Vec x) {
   const IntVec bits = (IntVec)x;
   const IntVec shifted = bits - 0x3f3504f3;  // the bits of sqrt(1/2)
@@ -76,7 +76,8 @@ VECTOR_INLINE Vec log_positive(Vec x) {
   p = p * m + 3.3333331174e-1f;
   const Vec e = __builtin_convertvector(exponent, Vec);
   const Vec square = m * m;
-  return (p * m * square + e * -2.12194440e-4f - 0.5f * square) + m + e * 0.693359375f;
+  const Vec log = (p * m * square + e * -2.12194440e-4f - 0.5f * square) + m + e * 0.693359375f;
+  return select(x != x, x, log);
 }
 
 // What a loss may look at of kLanes tokens. Of a masked token logprobs, advantages and log_ratio are 0, marked is false.
@@ -198,12 +199,14 @@ struct DppoTv {
 
 struct DppoKl {
   static constexpr int64_t kOptions = 3, kStats = 5;
-  Vec low, high, cap;
-  VECTOR_MEMBER DppoKl(const double* options) : low(splat(options[0])), high(splat(options[1])), cap(splat(options[2])) {}
+  Vec low, high, cap, safe;
+  VECTOR_MEMBER DppoKl(const double* options)
+      : low(splat(options[0])), high(splat(options[1])), cap(splat(options[2])),
+        safe(splat(0.99 * (options[0] < options[1] ? options[0] : options[1]))) {}
   VECTOR_MEMBER TokenResult operator()(const Lanes& t) const {
-    const Vec q = probability(t.denominators);
-    // An exp less, but where the ratio was clipped.
-    const Vec p = any(t.counts & ~t.inside) ? probability(t.logprobs) : at_most(q * t.ratio, splat(1.0f));
+    const Vec p = probability(t.logprobs), q = probability(t.denominators), moved = p - q;
+    // KL is at most the chi-square distance (p - q)^2 / (p (1 - p)): most tokens move so little that no logarithm is needed.
+    if (!any(t.counts & (moved * moved > safe * p * (1.0f - p)))) return masked_surrogate(t, IntVec{}, IntVec{}, cap);
     const Vec others = (1.0f - q) * log_positive((1.0f - q + 1e-8f) / (1.0f - p + 1e-8f));
     const Vec kl = others - q * t.log_ratio;
     return masked_surrogate(t, (kl > low) & (p < q), (kl > high) & (p > q), cap);

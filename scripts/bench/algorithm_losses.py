@@ -9,8 +9,10 @@ out of cache, in the same run. The goal is twice its time (50% of the limit). St
 - `*_eager`: the definition by torch's operators; every one writes its result to memory and the next reads it.
 - `ppo_clip_compiled`: torch.compile of the definition, its weighted sum and those of its statistics: one loop forward, one back.
   What that takes before the first result is `compile_s`, on standard error.
+- `dppo_kl_far`: its kernel where the policy has drifted far, by which it alone takes longer: it leaves a logarithm out where 16
+  tokens in a row have moved little.
 
-A repetition is one forward and backward.
+A repetition is one forward and backward; of a hundred the quickest counts.
 
     python scripts/bench/algorithm_losses.py --json docs/benchmarks/algorithm_losses.json
 """
@@ -33,9 +35,12 @@ SETS = 4
 BYTES = 21
 LOSSES = [name for name in POLICY_LOSSES if not POLICY_LOSSES.find(name).traits["needs"]]
 HOWS = ("fused", "eager", "compiled")
+How = Literal["fused", "eager", "compiled"]
+#: Deviation of the policy's logprobs from the old ones, as after some updates (PPO clips few tokens then); and from far away.
+DRIFT, FAR = 0.05, 0.2
 
 
-def step(name: str, how: Literal["fused", "eager", "compiled"]) -> Callable[[], None]:
+def step(name: str, how: How, drift: float = DRIFT) -> Callable[[], None]:
     import torch
 
     from skyrl_mega.algorithms.policy_losses import LossInputs
@@ -52,7 +57,7 @@ def step(name: str, how: Literal["fused", "eager", "compiled"]) -> Callable[[], 
     def make_inputs() -> LossInputs:
         old = -noise(1.0).abs_() - 0.05
         return LossInputs(
-            logprobs=(old + noise(0.2)).clamp_(max=-0.01).requires_grad_(),
+            logprobs=(old + noise(drift)).clamp_(max=-0.01).requires_grad_(),
             old_logprobs=old,
             rollout_logprobs=(old + noise(0.02)).clamp_(max=-0.01),
             advantages=noise(1.0),
@@ -111,13 +116,15 @@ def variants() -> list[Variant]:
     for name in LOSSES:
         hows = HOWS if name == "ppo_clip" else HOWS[:2]
         listed += [Variant(f"{name}_{how}", f"{__file__}:{name}_{how}", {}, work, limit_from="copy") for how in hows]
+    listed.append(Variant("dppo_kl_far", f"{__file__}:dppo_kl_far", {}, work, limit_from="copy"))
     return listed
 
 
 #: The set-up functions, by name: gspo_eager() and so on.
 globals().update({f"{name}_{how}": functools.partial(step, name, how) for name in LOSSES for how in HOWS})
+dppo_kl_far = functools.partial(step, "dppo_kl", "fused", FAR)
 
 
 if __name__ == "__main__":
     # Many: a repetition takes milliseconds.
-    bench_main("algorithm_losses", variants(), rate_unit="GB/s", description=__doc__ or "", repeats=51)
+    bench_main("algorithm_losses", variants(), rate_unit="GB/s", description=__doc__ or "", repeats=101, best=True)
