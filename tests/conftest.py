@@ -30,3 +30,10 @@ def engine(tiny_model_dir):
     engine = VLLMEngine.start(rollout, model_path=str(tiny_model_dir), seed=0, threads=1, in_process=True, device="cpu")
     yield engine
     engine.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Shows why a test that was tried once more (scripts/test.sh) had failed before."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_sep("_", f"failed, then tried once more: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext[-8000:])

@@ -327,7 +327,7 @@ def record(
             line["unchecked_every_round_s"] = unchecked_s
         line["checksum_share"] = (phases["checksum"] + phases["worker_checksum"]) / total
     if "worker_load" in phases:
-        ours = phases["pack"] + phases["checksum"] + phases["worker_receive"] + phases["worker_checksum"]
+        ours = sum(phases[name] for name in ("pack", "checksum", "worker_receive", "worker_checksum_wait"))
         line["times_memcpy_without_vllm"] = ours / best["memcpy"]["total"]
     return line
 

@@ -3,12 +3,17 @@
 Runs in vLLM's workers, and needs nothing of vLLM. A version is `begin`, `receive` per bucket in order, then `commit` or
 `abandon`. After a bucket was announced a second time (the group it came by had broken) it is received again, and dropped
 if it had arrived.
+
+Checksums of the first bucket are compared before anything of it is loaded: a version that is refused there has overwritten
+nothing, and the old one can serve on. Those of the others are taken in a thread while their bucket is loaded, and compared in
+`release`; a version with one that is wrong is never shown either.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from skyrl_mega.errors import WeightSyncError
@@ -32,17 +37,20 @@ class BucketReceiver:
         self._gloo = GlooReceiver()
         self._base: dict[str, torch.Tensor] = {}
         self._base_name = NO_BASE
+        self._summing = ThreadPoolExecutor(1, thread_name_prefix="weights-checksum")
+        self._check_beside: Future[None] | None = None
         self.begin_accounts()
 
     def begin_accounts(self) -> None:
         """Forgets what arrived."""
+        self._settle()
         self.entries: list[ChecksumEntry] = []
         self.size_bytes = 0
         self.error = ""
         self.lasting = False
         self._next = 0
         self._keeps = False
-        self.seconds = {"receive": 0.0, "checksum": 0.0}
+        self.seconds = {"receive": 0.0, "checksum": 0.0, "checksum_wait": 0.0}
 
     def connect(self, endpoint: Mapping[str, Any], rank: int) -> None:
         """Joins the transport of `endpoint`, as the `rank`-th worker of its engine; `state` says how that went."""
@@ -69,9 +77,9 @@ class BucketReceiver:
         self._gloo.end()
 
     def receive(self, plain: Mapping[str, Any]) -> NamedTensors:
-        """The bucket's tensors, whose checksums were found right; [] if it is refused (`error`) or is to come again.
+        """The bucket's tensors; [] if it is refused (`error`) or is to come again.
 
-        They hold until `release`; longer, until the next version, if `lasting`.
+        They hold until `release`, which says whether their checksums were right; longer, until the next version, if `lasting`.
         """
         started = time.perf_counter()
         bucket = Bucket.from_plain(plain)
@@ -82,8 +90,12 @@ class BucketReceiver:
             if bucket.sequence > self._next:
                 raise WeightSyncError(f"bucket {bucket.sequence} came where bucket {self._next} was due.")
             tensors = [(slot.name, self._decode(bucket, slot, payload)) for slot in bucket.slots]
-            decoded = time.perf_counter()
-            self._check(bucket, tensors)
+            self.seconds["receive"] += time.perf_counter() - started
+            if bucket.sequence == 0:
+                self._check(bucket, tensors)
+                self.seconds["checksum_wait"] = self.seconds["checksum"]
+            else:
+                self._check_beside = self._summing.submit(self._check, bucket, tensors)
         except ConnectionError:
             return []  # it comes again, by another group; if it does not, what arrived falls short
         except WeightSyncError as error:
@@ -91,8 +103,6 @@ class BucketReceiver:
             return []
         self._next += 1
         self.lasting = bucket.encoding != "full"
-        self.seconds["receive"] += decoded - started
-        self.seconds["checksum"] += time.perf_counter() - decoded
         return tensors
 
     def _payload(self, bucket: Bucket) -> torch.Tensor:
@@ -119,10 +129,24 @@ class BucketReceiver:
         return self._base[slot.name]
 
     def _check(self, bucket: Bucket, tensors: NamedTensors) -> None:
+        started = time.perf_counter()
         for (name, tensor), slot in zip(tensors, bucket.slots, strict=True):
             received = self._account_one(name, tensor)
             if received != slot.checksum:
                 raise WeightSyncError(f"checksum of {name} must be {slot.checksum} as sent, but {received} arrived")
+        self.seconds["checksum"] += time.perf_counter() - started
+
+    def _settle(self) -> None:
+        """Waits for the check that runs beside the loading, and keeps what it found."""
+        check, self._check_beside = self._check_beside, None
+        if check is None:
+            return
+        started = time.perf_counter()
+        try:
+            check.result()
+        except WeightSyncError as error:
+            self.error = self.error or str(error)
+        self.seconds["checksum_wait"] += time.perf_counter() - started
 
     def account(self, tensors: NamedTensors) -> None:
         """Counts and sums what came by another road."""
@@ -138,7 +162,8 @@ class BucketReceiver:
         return checksum
 
     def release(self, plain: Mapping[str, Any]) -> None:
-        """What `receive` returned for this bucket is used up; its memory may be written again."""
+        """What `receive` returned for this bucket is used up, its memory may be written again; `error` knows its checksums."""
+        self._settle()
         if plain["transport"] == GlooReceiver.name:
             self._gloo.release()
 
@@ -157,6 +182,8 @@ class BucketReceiver:
 
     def close(self) -> None:
         """Leaves the group and unmaps the files."""
+        self._settle()
+        self._summing.shutdown()
         self._gloo.leave("the engine was closed")
         self._files.close()
         self._base.clear()
