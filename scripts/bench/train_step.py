@@ -11,7 +11,8 @@ Cases and goals, written down before measuring:
 2. `long_tail`: lognormal responses, rows up to 512 tokens, Hugging Face's batch padded as TRL and verl pad it: at least 1.5x.
 3. `shared`: the quickstart's update, 17 of 22 tokens are prompt, groups of 8: at least 2x.
 4. In each case less peak memory, in total and beyond what was resident with torch alone imported.
-5. Loss, entropy, mismatch and gradient norm of the first step agree: to 1e-4 in float32, 2e-2 in bfloat16 (relative).
+5. Loss, entropy, mismatch and gradient norm of the first step agree with Hugging Face's: to 1e-4 in float32, and in bfloat16 to
+   2e-2 with its float32 step (with its bfloat16 step, which is as far from that as ours, where float32 was not measured).
 
 Goals 1 to 4 must hold against every variant that computes the same (`GOAL_VARIANTS`). The others are reported beside them:
 `sorted` (Hugging Face's rows sorted by length, each micro-batch padded to its own longest row: what a careful user gets) and
@@ -108,15 +109,15 @@ def side_record(result: SideResult, tokens: int) -> Record:
 # -- what the records say about the goals -----------------------------------------------------------------------------------
 
 
-def goals(record: Record) -> list[tuple[str, bool, str]]:
-    """(goal, whether it holds, the numbers) of one pair."""
+def goals(record: Record, exact: dict[str, float] | None) -> list[tuple[str, bool, str]]:
+    """(goal, whether it holds, the numbers) of one pair. `exact`: the first step of a bfloat16 case in float32."""
     ours, theirs = record["ours"], record["hugging_face"]
     least, dtype = CASES[record["case"]], record["case"].split("/")[1]
     verdicts = [(f"at least {least}x", record["ratio"] >= least, f"{record['ratio']:.2f}x")]
     for key, what in (("peak_bytes", "peak"), ("peak_extra_bytes", "peak beyond imports")):
         numbers = f"{ours[key] / 1e6:,.0f} of {theirs[key] / 1e6:,.0f} MB"
         verdicts.append((f"less {what}", ours[key] < theirs[key], numbers))
-    difference, name = worst_difference(ours["first_step"], theirs["first_step"])
+    difference, name = worst_difference(ours["first_step"], exact or theirs["first_step"])
     tolerance = TOLERANCES[dtype]
     verdicts.append((f"agrees to {tolerance:g}", difference <= tolerance, f"{difference:.1e} ({name})"))
     return verdicts
@@ -135,9 +136,10 @@ def print_goals(records: list[Record]) -> None:
             f"\n{record['case']} against {record['variant']}{beside}: {ours['cpu_s']:.2f} and {theirs['cpu_s']:.2f} CPU s, "
             f"{ours['tokens_per_cpu_s']:.0f} and {theirs['tokens_per_cpu_s']:.0f} tokens/s, load {record['load']:.1f}"
         )
-        for goal, held, text in goals(record):
+        exact = float32_step(records, record["case"])
+        for goal, held, text in goals(record, exact):
             print(f"  {'holds ' if held else 'missed'}  {goal}: {text}")
-        if exact := float32_step(records, record["case"]):
+        if exact:
             parts = (f"{name} {d:.1e} ({of})" for name, (d, of) in from_float32(record, exact).items())
             print(f"  {'':6}  away from the first step in float32: {', '.join(parts)}")
 
