@@ -27,7 +27,10 @@ def pack(samples, *, share_prompts=False):
 
 
 class Positions:
-    """A critic for which the value of a state is how many tokens it has seen."""
+    """A critic, laid out as the policy, for which the value of a state is how many tokens it has seen."""
+
+    def __init__(self, policy):
+        self.config, self.topology = policy.config, policy.topology
 
     def compute_values(self, batch):
         return [micro_batch.position_ids.float() + 1 for micro_batch in batch.micro_batches]
@@ -71,7 +74,7 @@ def test_a_critics_values_reach_estimator_and_loss_token_by_token(tmp_path):
     config = tiny_config(tmp_path, "algorithm.advantage=wants_values_in_test_scoring")
     samples = random_samples(2, 2, seed=2)
     with make_policy(config) as policy:
-        score_samples(parts_of(policy, critic=Positions()), samples)
+        score_samples(parts_of(policy, critic=Positions(policy)), samples)
         for sample in samples:
             # The state before token t has seen t tokens; the last entry is that of the whole sequence.
             assert sample.values.tolist() == [float(t) for t in range(sample.num_tokens + 1)]
