@@ -41,15 +41,14 @@ def score_samples(parts: Parts, samples: Sequence[TrainSample]) -> None:
         "teacher_logprobs": loaded_teacher.compute_logprobs if loaded_teacher is not None else None,
     }
     chosen = {name: compute for name, compute in passes.items() if name in wanted and compute is not None}
-    values_wanted = "values" in wanted and parts.critic is not None
+    critic = parts.critic if "values" in wanted else None
     # A critic is asked for the state after the last token too, which no branch of a shared prompt holds.
-    share_prompts = parts.share_prompts and not values_wanted
+    share_prompts = parts.share_prompts and critic is None
     batch = None
     for name, compute in chosen.items():
         batch = batch or _pack_all(parts.config, parts.topology, samples, share_prompts=share_prompts)
         _fill(name, gather_rows(compute(batch), batch, samples, parts.topology), samples)
-    if parts.critic is not None and values_wanted:
-        critic = parts.critic
+    if critic is not None:
         if batch is None or critic.topology is not parts.topology:
             batch = _pack_all(critic.config, critic.topology, samples, share_prompts=False)
         values = critic.compute_values(batch)
