@@ -15,7 +15,11 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from skyrl_mega_kernels.triton_targets import CHIPS, Occupancy, occupancy
 
-CHIP_NAMES = pytest.mark.parametrize("chip_name", list(CHIPS))
+#: One chip of each maker in every run; the compilers need 80 to 100 s of a core for each of the others, so they are nightly.
+EVERY_RUN = {"sm_90", "gfx942"}
+CHIP_NAMES = pytest.mark.parametrize(
+    "chip_name", [pytest.param(name, marks=[] if name in EVERY_RUN else pytest.mark.nightly) for name in CHIPS]
+)
 COMPILE = """
 import dataclasses, json, sys
 from skyrl_mega_kernels.triton_compile import inspect, variants

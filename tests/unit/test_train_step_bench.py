@@ -88,12 +88,16 @@ def record(bench, ratio=1.3, ours_bytes=10, norm=5.0):
 
 def test_goals_hold_or_are_missed_one_by_one(bench):
     def verdicts(**changes):
-        return [held for _, held, _ in bench.goals(record(bench, **changes))]
+        return [held for _, held, _ in bench.goals(record(bench, **changes), exact)]
 
+    exact = None
     assert verdicts() == [True, True, True, True]
     assert verdicts(ratio=0.99) == [False, True, True, True]
     assert verdicts(ours_bytes=11) == [True, False, False, True]
     assert verdicts(norm=5.01) == [True, True, True, False]
+    exact = {"loss": 0.5, "grad_norm": 5.01}
+    assert verdicts() == [True, True, True, False]
+    assert verdicts(norm=5.01) == [True, True, True, True]
 
 
 def test_goals_are_printed_from_a_file_and_a_new_record_replaces_its_own_kind(bench, tmp_path, capsys, monkeypatch):

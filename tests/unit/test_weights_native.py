@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import queue
+import threading
 from concurrent.futures import Future
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -170,10 +171,23 @@ def test_a_hang_of_the_communicator_ends_at_the_deadline(wire):
     transport = NativeTransport("nccl", host="127.0.0.1", timeout_s=0.5)
     sink = FleetSink(lambda: engines, transport, timeout_s=5.0)
     push(sink, random_tensors(1), 1)
-    transport._trainer.send_weights = lambda: queue.Queue().get(timeout=30)
+    hang = threading.Event()
+    transport._trainer.send_weights = lambda: hang.wait(30)
     with pytest.raises(WeightSyncError, match=r"sending bucket 0 by nccl must be done in 0\.5 s"):
         push(sink, random_tensors(2), 2)
     assert push(sink, random_tensors(3), 3).failed == {}
+    hang.set()
+    sink.close()
+
+
+def test_a_failure_of_any_kind_is_named_and_not_taken_for_a_hang(wire):
+    engines = [NativeEngine("a")]
+    transport = NativeTransport("nccl", host="127.0.0.1", timeout_s=30.0)
+    sink = FleetSink(lambda: engines, transport, timeout_s=30.0)
+    push(sink, random_tensors(1), 1)
+    transport._trainer.send_weights = lambda: {}["lost"]
+    with pytest.raises(WeightSyncError, match="KeyError: 'lost'"):
+        push(sink, random_tensors(2), 2)
     sink.close()
 
 
