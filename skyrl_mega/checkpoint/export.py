@@ -43,7 +43,7 @@ def export_run(run_dir: str, checkpoint: str, output: str) -> Path:
     try:
         chunks = build_to_load(config, topology, ValueModel if is_reward_model else PolicyModel)
         load_model(path, chunks)
-        save_hf(make_exporter(chunks, config.model.path, topology), config.model.path, output, getattr(torch, config.model.dtype))
+        save_hf(make_exporter(chunks, topology), config.model.path, output, getattr(torch, config.model.dtype))
     finally:
         topology.destroy()
     return Path(output)

@@ -256,11 +256,10 @@ class TensorReader:
 class HFExporter:
     """A model's weights under Hugging Face names (a `WeightSource`); those of a ValueModel as of sequence classification.
 
-    `hf_path` is the directory the model was built from. Order: the model's own parameter order, the same in every call. *All
-    ranks* make one.
+    Order: the model's own parameter order, the same in every call. *All ranks* make one.
     """
 
-    def __init__(self, chunks: Sequence[PolicyModel], hf_path: str | Path, topology: Topology) -> None:
+    def __init__(self, chunks: Sequence[PolicyModel], topology: Topology) -> None:
         self._chunks = list(chunks)
         self.topology = topology
         self.is_value_model = not chunks[0].has_lm_head

@@ -340,9 +340,9 @@ def build_to_load(config: Config, topology: Topology, model_class: type[PolicyMo
     return chunks
 
 
-def make_exporter(chunks: Sequence[PolicyModel], path: str, topology: Topology) -> HFExporter:
+def make_exporter(chunks: Sequence[PolicyModel], topology: Topology) -> HFExporter:
     """The weights of the model as it is now, the adapter that is on merged. *All ranks.*"""
     adapters = chunks[0].adapters
     if adapters is None or adapters.active is None:
-        return HFExporter(chunks, path, topology)
-    return MergedExporter(chunks, path, topology, weights=AdapterWeights(adapters, adapters.active))
+        return HFExporter(chunks, topology)
+    return MergedExporter(chunks, topology, weights=AdapterWeights(adapters, adapters.active))

@@ -367,7 +367,7 @@ def _weights_of(config: Config, topology: Topology, checkpoint: Path | None) -> 
     if syncs_adapter(config):
         adapters = chunks[0].adapters
         return lora_weights.AdapterSource(lora_weights.AdapterWeights(adapters, adapters.active))
-    return lora_weights.make_exporter(chunks, config.model.path, topology)
+    return lora_weights.make_exporter(chunks, topology)
 
 
 def _implementation(parts: Parts) -> dict[str, str]:

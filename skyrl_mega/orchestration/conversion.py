@@ -159,20 +159,20 @@ def _to_megatron(source: Source, output: Path, config: Config, topology: Topolog
     del chunks  # what is compared is what was written, not what is still in memory
     written = build_model(config, topology)
     load_model(output, written)
-    exporter = HFExporter(written, source.model_path, topology)
+    exporter = HFExporter(written, topology)
     return _stored_tensors(source.path, exporter.names(), topology), written, exporter
 
 
 def _to_hf(source: Source, output: Path, config: Config, topology: Topology) -> _Route:
     chunks = build_model(config, topology)
     load_model(source.path, chunks)
-    before = HFExporter(chunks, source.model_path, topology)
+    before = HFExporter(chunks, topology)
     if topology.broadcast_object(output.exists(), phase="converting"):
         raise CheckpointError(f"{output} exists; name a directory that does not")
     save_hf(before, source.model_path, output, source.dtype)
     written = build_model(config, topology)
     load_hf_weights(written, output, topology)
-    return before.iter_weights(source.dtype), written, HFExporter(written, output, topology)
+    return before.iter_weights(source.dtype), written, HFExporter(written, topology)
 
 
 def _stored_tensors(path: Path, names: list[str], topology: Topology) -> Iterator[tuple[str, torch.Tensor | None]]:

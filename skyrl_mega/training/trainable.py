@@ -67,7 +67,7 @@ class Trainable:
         self.chunks = chunks
         self.num_updates = 0
         self._planned_updates = self._plan_updates(config)
-        self.weights = trained_weights(chunks, config.model.path, topology, adapter)
+        self.weights = trained_weights(chunks, topology, adapter)
         with self.weights.on():
             self._make_buffers()
         self._gather_is_pending = False

@@ -23,11 +23,11 @@ class WholeModel:
 
     adapter: AdapterWeights | None = None
 
-    def __init__(self, chunks: Sequence[PolicyModel], path: str, topology: Topology) -> None:
+    def __init__(self, chunks: Sequence[PolicyModel], topology: Topology) -> None:
         from skyrl_mega.models.hf_io import HFExporter
 
         self._chunks = chunks
-        self.exporter: HFExporter = HFExporter(chunks, path, topology)
+        self.exporter: HFExporter = HFExporter(chunks, topology)
         self.base_exporter = self.exporter
 
     def on(self) -> AbstractContextManager[None]:
@@ -54,13 +54,13 @@ class WholeModel:
 class OneAdapter(WholeModel):
     """The adapter `name` of those beside the model."""
 
-    def __init__(self, chunks: Sequence[PolicyModel], path: str, topology: Topology, name: str) -> None:
+    def __init__(self, chunks: Sequence[PolicyModel], topology: Topology, name: str) -> None:
         from skyrl_mega.models.lora_weights import AdapterWeights, MergedExporter
 
-        super().__init__(chunks, path, topology)
+        super().__init__(chunks, topology)
         self._name, self._adapters = name, chunks[0].adapters
         self.adapter = AdapterWeights(self._adapters, name)
-        self.exporter = MergedExporter(chunks, path, topology, weights=self.adapter)
+        self.exporter = MergedExporter(chunks, topology, weights=self.adapter)
 
     def on(self) -> AbstractContextManager[None]:
         return self._adapters.on(self._name)
@@ -79,6 +79,6 @@ class OneAdapter(WholeModel):
         load_state(self._adapters, self._name, state, prefix=prefix)
 
 
-def trained_weights(chunks: Sequence[PolicyModel], path: str, topology: Topology, adapter: str | None) -> WholeModel:
-    """*All ranks.* `path`: the directory that the model was built from; `adapter`: see `Trainable`."""
-    return WholeModel(chunks, path, topology) if adapter is None else OneAdapter(chunks, path, topology, adapter)
+def trained_weights(chunks: Sequence[PolicyModel], topology: Topology, adapter: str | None) -> WholeModel:
+    """*All ranks.* `adapter`: see `Trainable`."""
+    return WholeModel(chunks, topology) if adapter is None else OneAdapter(chunks, topology, adapter)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from helpers.policy import make_policy, tiny_config
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from skyrl_mega.config.load import load_config
 from skyrl_mega.data.packing import balance_and_pack, unpack
 from skyrl_mega.data.synthetic import random_samples
@@ -64,23 +62,15 @@ def two_updates(config, share_prompts: tuple[bool, bool]) -> dict:
     return {"updates": updates, "logprobs": logprobs, "weights": weights}
 
 
-def on_rank(rank: int, configs: list, ports: list[int]) -> list[dict]:
-    results = []
-    for config, port in zip(configs, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        results.append(two_updates(config, share_prompts=(True, False)))
-    return results
-
-
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory):
     """Case -> (what one process computes without sharing prompts, what each of two context ranks computes)."""
     config = tiny_config(tmp_path_factory.mktemp("context"), family="qwen3", tied=False)
     fixed = ["recipe=tiny", f"model.path={config.model.path}", f"trainer.run_dir={config.trainer.run_dir}", *SETTINGS]
-    single = [two_updates(load_config([*fixed, *case]), share_prompts=(False, False)) for case in CASES.values()]
-    sharded = [load_config([*fixed, *case, "parallel.context=2"]) for case in CASES.values()]
-    ranks = run_ranks(on_rank, 2, sharded, [free_port() for _ in sharded])
-    return {name: (single[i], [rank[i] for rank in ranks]) for i, name in enumerate(CASES)}
+    single = {name: two_updates(load_config([*fixed, *case]), share_prompts=(False, False)) for name, case in CASES.items()}
+    sharded = {name: (load_config([*fixed, *case, "parallel.context=2"]), (True, False)) for name, case in CASES.items()}
+    ranks = run_cases(two_updates, 2, sharded)
+    return {name: (single[name], [rank[name] for rank in ranks]) for name in CASES}
 
 
 @pytest.mark.parametrize("case", ["float32", "gspo"])

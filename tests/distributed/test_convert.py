@@ -1,14 +1,13 @@
 """Conversions lose nothing, in any layout, and say so; where something is lost they say that."""
 
 import json
-import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.policy import make_policy, tiny_config
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from helpers.updates import update
 from skyrl_mega.checkpoint.state import save
@@ -33,24 +32,19 @@ def same_files(first, second):
     return before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def there_and_back(rank, steps, ports):
-    codes = []
-    for (source, output, layout), port in zip(steps, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        codes.append(run(source, output, f"parallel={layout}", world_size=2, check_logprobs=layout == "tp2_sp"))
-    return codes
+def converted(source, output, layout):
+    return run(source, output, f"parallel={layout}", world_size=2, check_logprobs=layout == "tp2_sp")
 
 
 def test_ranks_convert_there_in_one_layout_and_back_in_another(tmp_path):
     dense = write_tiny_model(tmp_path / "dense", "qwen2", tied=True, dtype="bfloat16")
     experts = write_tiny_model(tmp_path / "experts", "qwen3_moe", tied=False)
-    steps = [
-        (dense, tmp_path / "dense.megatron", "tp2_sp"),
-        (tmp_path / "dense.megatron", tmp_path / "dense.back", "pp2"),
-        (experts, tmp_path / "experts.megatron", "ep2"),
-    ]
-    ranks = run_ranks(there_and_back, 2, steps, [free_port() for _ in steps], timeout_s=200)
-    assert ranks == [[0, 0, 0], [0, 0, 0]]
+    steps = {
+        "there": (dense, tmp_path / "dense.megatron", "tp2_sp"),
+        "back": (tmp_path / "dense.megatron", tmp_path / "dense.back", "pp2"),
+        "experts": (experts, tmp_path / "experts.megatron", "ep2"),
+    }
+    assert run_cases(converted, 2, steps, timeout_s=200) == 2 * [dict.fromkeys(steps, 0)]
     assert run(tmp_path / "experts.megatron", tmp_path / "experts.back") == 0
     for name, dtype in (("dense", "bfloat16"), ("experts", "float32")):
         assert same_files(tmp_path / name, tmp_path / f"{name}.back")

@@ -1,13 +1,12 @@
 """The critic's values, losses, gradient norms and weights are those of one process in every layout."""
 
 import functools
-import os
 
 import pytest
 import torch
 
 from helpers.critic import critic_batch, make_critic
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from skyrl_mega.config.load import load_config
 from skyrl_mega.orchestration.layout_check import COMPARED_EPS
@@ -55,17 +54,6 @@ def two_updates(config) -> dict:
         return {"values": values, "metrics": metrics, "weights": weights}
 
 
-def run_cases(rank: int, configs: dict, ports: list[int]) -> dict:
-    results = {}
-    for (case, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the case before
-        try:
-            results[case] = two_updates(config)
-        except Exception as error:
-            raise RuntimeError(f"rank {rank} failed in layout {case}") from error
-    return results
-
-
 @pytest.fixture(scope="module")
 def config_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("critics")
@@ -90,9 +78,9 @@ def results(config_of):
 
     @functools.cache
     def get(ranks: int) -> list[dict] | AssertionError:
-        configs = {name: config_of(model, changes) for name, (size, model, changes) in LAYOUTS.items() if size == ranks}
+        configs = {name: (config_of(model, changes),) for name, (size, model, changes) in LAYOUTS.items() if size == ranks}
         try:
-            return run_ranks(run_cases, ranks, configs, [free_port() for _ in configs], timeout_s=300)
+            return run_cases(two_updates, ranks, configs, timeout_s=300)
         except AssertionError as failure:
             return failure
 

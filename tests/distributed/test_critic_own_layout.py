@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from helpers.critic import critic_batch, make_critic
 from helpers.policy import make_policy
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from skyrl_mega.checkpoint import state as checkpoint
 from skyrl_mega.checkpoint import store
@@ -74,17 +73,6 @@ def play(config, *, first: int = 1, last: int = 2, resume: bool = False, save: b
         return {"metrics": metrics, "weights": weights, "has_own": has_own}
 
 
-def run_cases(rank: int, configs: dict, ports: list[int], how: dict) -> dict:
-    results = {}
-    for (case, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the case before
-        try:
-            results[case] = play(config, **how)
-        except Exception as error:
-            raise RuntimeError(f"rank {rank} failed in {case}") from error
-    return results
-
-
 @pytest.fixture(scope="module")
 def config_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("critics")
@@ -119,9 +107,9 @@ def results(config_of):
 
     @functools.cache
     def get(ranks: int) -> list[dict] | AssertionError:
-        configs = {name: config_of(model, changes, name) for name, (n, model, changes) in LAYOUTS.items() if n == ranks}
+        configs = {name: (config_of(model, changes, name),) for name, (n, model, changes) in LAYOUTS.items() if n == ranks}
         try:
-            return run_ranks(run_cases, ranks, configs, [free_port() for _ in configs], {"save": True}, timeout_s=300)
+            return run_cases(functools.partial(play, save=True), ranks, configs, timeout_s=300)
         except AssertionError as failure:
             return failure
 
@@ -163,9 +151,9 @@ def test_a_checkpoint_of_two_layouts_goes_on_in_one_process(layouts, config_of, 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two_layouts(config_of, expected):
     cases = {name: (model, changes) for name, (ranks, model, changes) in LAYOUTS.items() if ranks == 2}
-    configs = {name: config_of(model, changes, f"one process {model}") for name, (model, changes) in cases.items()}
-    how = {"first": 3, "last": 3, "resume": True}
-    for rank in run_ranks(run_cases, 2, configs, [free_port() for _ in configs], how, timeout_s=300):
+    configs = {name: (config_of(model, changes, f"one process {model}"),) for name, (model, changes) in cases.items()}
+    third = functools.partial(play, first=3, last=3, resume=True)
+    for rank in run_cases(third, 2, configs, timeout_s=300):
         for name, (model, _) in cases.items():
             assert_alike(rank[name], expected[1][model])
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from skyrl_mega.config.load import load_config
 from skyrl_mega.data.synthetic import random_samples
@@ -30,22 +28,14 @@ def two_updates(config):
         topology.destroy()
 
 
-def in_every_layout(rank, configs, ports):
-    results = {}
-    for (layout, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        results[layout] = two_updates(config)
-    return results
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """(one process's result, rank 0's in every layout)."""
     folder = tmp_path_factory.mktemp("distill")
     path = write_tiny_model(folder / "model", "llama", tied=True)
     fixed = ["recipe=tiny", f"model.path={path}", f"trainer.run_dir={folder / 'run'}", *SETTINGS]
-    configs = {layout: load_config([*fixed, *overrides]) for layout, overrides in LAYOUTS.items()}
-    ranks = run_ranks(in_every_layout, 2, configs, [free_port() for _ in configs], timeout_s=200)
+    configs = {layout: (load_config([*fixed, *overrides]),) for layout, overrides in LAYOUTS.items()}
+    ranks = run_cases(two_updates, 2, configs, timeout_s=200)
     return two_updates(load_config(fixed)), ranks[0]
 
 

@@ -3,13 +3,11 @@
 That expert parallelism changes nothing else is in `test_layout_matrix`.
 """
 
-import os
-
 import pytest
 from safetensors.torch import load_file
 
 from helpers.policy import make_policy, tiny_config
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases, run_ranks
 from helpers.updates import clones, update
 from skyrl_mega.config.load import load_config
 from skyrl_mega.models.router import routers
@@ -56,14 +54,6 @@ def test_the_balancing_loss_is_weighed_by_all_the_tokens_that_are_routed(paths, 
     assert [a + b for a, b in zip(first[0], second[0], strict=True)] == first[1] == second[1]
 
 
-def on_rank(rank: int, configs: dict, ports: list[int]) -> dict:
-    results = {}
-    for (name, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the layout before
-        results[name] = two_updates(config)
-    return results
-
-
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict:
     return {
@@ -83,8 +73,8 @@ def single(paths) -> dict:
 
 @pytest.fixture(scope="module")
 def sharded(paths) -> list[dict]:
-    configs = {name: config_of(path, MODELS[name][1], *MODELS[name][2]) for name, path in paths.items()}
-    return run_ranks(on_rank, 2, configs, [free_port() for _ in configs])
+    configs = {name: (config_of(path, MODELS[name][1], *MODELS[name][2]),) for name, path in paths.items()}
+    return run_cases(two_updates, 2, configs)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -6,14 +6,12 @@ One pair of processes runs all layouts, for all families each. That training in 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from helpers.hf_oracle import load_oracle, make_micro_batch, make_sequences, oracle_logits, policy_logits
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from skyrl_mega.config.load import load_config
 
@@ -58,7 +56,7 @@ def run_family(path, layout: str, topology) -> tuple[torch.Tensor, dict[str, tor
     micro_batch = make_micro_batch(make_sequences(LENGTHS, vocab_size))
     batch = TrainBatch([micro_batch], num_loss_tokens=int(micro_batch.loss_mask.sum()), num_sequences=len(LENGTHS))
     [logits_TV] = forward_per_token(chunks, batch, config, topology, logits, phase="logits")
-    exporter = HFExporter(chunks, path, topology)
+    exporter = HFExporter(chunks, topology)
     return logits_TV, {name: tensor.clone() for name, tensor in exporter.iter_weights(torch.float32)}
 
 
@@ -66,19 +64,17 @@ def config_of(path, layout: str):
     return load_config(["recipe=tiny", f"parallel={layout}", f"model.path={path}", "precision=float32"])
 
 
-def run_all(rank: int, paths: dict, ports: list[int]) -> dict:
+def run_families(paths: dict, layout: str) -> dict:
     from skyrl_mega.parallel.topology import init_topology
 
+    topology = init_topology(config_of(paths["llama"], layout).parallel, torch.device("cpu"), seed=0)
     results = {}
-    for layout, port in zip(LAYOUTS, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the layout before
-        topology = init_topology(config_of(paths["llama"], layout).parallel, torch.device("cpu"), seed=0)
-        for family in LAYOUTS[layout]:
-            try:
-                results[family, layout] = run_family(paths[family], layout, topology)
-            except Exception as error:
-                raise RuntimeError(f"rank {rank} failed with {family} in {layout}") from error
-        topology.destroy()
+    for family in LAYOUTS[layout]:
+        try:
+            results[family] = run_family(paths[family], layout, topology)
+        except Exception as error:
+            raise RuntimeError(f"failed with {family}") from error
+    topology.destroy()
     return results
 
 
@@ -92,7 +88,7 @@ def paths(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def ranks(paths) -> list[dict]:
-    return run_ranks(run_all, 2, paths, [free_port() for _ in LAYOUTS], timeout_s=240)
+    return run_cases(run_families, 2, {layout: (paths, layout) for layout in LAYOUTS}, timeout_s=240)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +101,7 @@ def expected(paths) -> dict[str, torch.Tensor]:
 def test_two_ranks_give_hugging_faces_logits_and_the_files_tensors(family, layout, ranks, expected, paths):
     source = load_file(paths[family] / "model.safetensors")
     for results in ranks:
-        logits, exported = results[family, layout]
+        logits, exported = results[layout][family]
         torch.testing.assert_close(logits, expected[family], rtol=0, atol=3e-5)
         assert exported.keys() == source.keys()
         assert all(torch.equal(tensor, exported[name]) for name, tensor in source.items())

@@ -4,13 +4,12 @@ Layouts of one number of ranks run one after the other in the same processes: st
 """
 
 import functools
-import os
 
 import pytest
 import torch
 
 from helpers.policy import make_policy
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from skyrl_mega.config.load import load_config
 from skyrl_mega.data.synthetic import random_samples
@@ -111,17 +110,6 @@ def two_updates(config) -> LayoutResult:
         topology.destroy()
 
 
-def run_cases(rank: int, configs: dict, ports: list[int]) -> dict:
-    results = {}
-    for (case, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the case before
-        try:
-            results[case] = two_updates(config)
-        except Exception as error:
-            raise RuntimeError(f"rank {rank} failed in layout {case}") from error
-    return results
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -152,9 +140,9 @@ def results(config_of):
     @functools.cache
     def get(ranks: int) -> list[dict] | AssertionError:
         cases = [(layout, model) for layout, model in CASES if LAYOUTS[layout][0] == ranks]
-        configs = {(layout, model): config_of(model, LAYOUTS[layout][2]) for layout, model in cases}
+        configs = {(layout, model): (config_of(model, LAYOUTS[layout][2]),) for layout, model in cases}
         try:
-            return run_ranks(run_cases, ranks, configs, [free_port() for _ in configs], timeout_s=300)
+            return run_cases(two_updates, ranks, configs, timeout_s=300)
         except AssertionError as failure:
             return failure
 
@@ -185,16 +173,12 @@ def test_a_wrong_weight_is_found(expected):
     assert wrong == [f"weights after the updates (most: {name})", f"mean weight difference (most: {name})"]
 
 
-def updates_in_a_row(rank: int, configs: list, ports: list[int]) -> list[dict]:
-    """Weights after three updates with nothing in between, for each configuration."""
-    weights = []
-    for config, port in zip(configs, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        with make_policy(config) as policy:
-            for seed in (1, 2, 3):
-                policy.train_step(pack(config, policy.topology, random_samples(5, 3, seed=seed), share_prompts=True))
-            weights.append({name: value.clone() for name, value in policy.iter_weights(torch.float32)})
-    return weights
+def updates_in_a_row(config) -> dict[str, torch.Tensor]:
+    """Weights after three updates with nothing in between."""
+    with make_policy(config) as policy:
+        for seed in (1, 2, 3):
+            policy.train_step(pack(config, policy.topology, random_samples(5, 3, seed=seed), share_prompts=True))
+        return {name: value.clone() for name, value in policy.iter_weights(torch.float32)}
 
 
 @pytest.mark.parametrize("model", DENSE)
@@ -202,6 +186,7 @@ def test_weights_gathered_during_the_next_forward_are_the_updated_ones(model, co
     """The head's weight is used by no module's forward, so no hook of Megatron's waits for it."""
     plain = ["parallel=dp2"]
     overlap = [*plain, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
-    configs = [config_of(model, plain), config_of(model, overlap)]
-    for expected, got in run_ranks(updates_in_a_row, 2, configs, [free_port(), free_port()]):
-        assert all(torch.allclose(expected[name], got[name], atol=1e-6) for name in expected)
+    configs = {"plain": (config_of(model, plain),), "overlap": (config_of(model, overlap),)}
+    for weights in run_cases(updates_in_a_row, 2, configs):
+        for name, value in weights["plain"].items():
+            assert torch.allclose(value, weights["overlap"][name], atol=1e-6), name

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from safetensors.torch import load_file
 
 from helpers.lora import randomise
 from helpers.policy import make_policy, tiny_config
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.updates import clones, update, variant
 from skyrl_mega.checkpoint import state as checkpoint
 from skyrl_mega.training.reference import BaseModel
@@ -54,14 +52,6 @@ def updates_and_files(config, folder: str, restore: str = "") -> dict:
     return results
 
 
-def on_rank(rank: int, cases: dict, ports: list[int]) -> dict:
-    results = {}
-    for (name, case), port in zip(cases.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        results[name] = updates_and_files(*case)
-    return results
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("lora")
@@ -98,7 +88,7 @@ def sharded(configs, single, home) -> list[dict]:
         family, layout = LAYOUTS[name]
         config, settings = configs[family]
         cases[f"restored_{name}"] = (variant(config, *settings, *layout), str(home / f"restored_{name}"), single[family]["path"])
-    return run_ranks(on_rank, 2, cases, [free_port() for _ in cases], timeout_s=240)
+    return run_cases(updates_and_files, 2, cases, timeout_s=240)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "restored_sequence", "restored_expert"])

@@ -80,7 +80,7 @@ def _run_case(path, family, sequence_parallel, topology, out):
         full = to_megatron(gradients, name, policy.architecture)
         difference = parameter.main_grad - _shard(full, name, parameter, topology.tp_rank)
         errors[name] = (difference.abs().max() / full.abs().max()).item()
-    exporter = HFExporter([policy], path, topology)
+    exporter = HFExporter([policy], topology)
     exported = {name: tensor.clone() for name, tensor in exporter.iter_weights(torch.float32)}
     save_hf(exporter, path, out, torch.float32)
     return errors, hidden.detach(), exported, vocab_range(model), exporter.fused_groups()
@@ -110,7 +110,7 @@ def _run_all(rank, folder, paths):
     refusals.append(str(caught.value))
     load_hf_weights([policy], path, topology)
     with pytest.raises(CheckpointError) as caught:
-        save_hf(HFExporter([policy], path, topology), path, path / "config.json" / "out", torch.float32)
+        save_hf(HFExporter([policy], topology), path, path / "config.json" / "out", torch.float32)
     refusals.append(str(caught.value))
     topology.destroy()
     return results, refusals

@@ -1,13 +1,11 @@
 """An update that is not finite on one rank leaves no trace: the run goes on as one that never had it."""
 
-import os
-
 import pytest
 import torch
 
 from helpers.critic import critic_batch, make_critic
 from helpers.policy import make_policy
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from skyrl_mega.config.load import load_config
 from skyrl_mega.data.packing import balance_and_pack
@@ -65,21 +63,13 @@ def updates(config, model: str, broken: str) -> dict:
         return {"metrics": metrics, "weights": weights, "num_updates": trained.num_updates, "error": error}
 
 
-def run_cases(rank: int, configs: dict, ports: list[int]) -> dict:
-    results = {}
-    for (case, config), port in zip(configs.items(), ports, strict=True):
-        model, broken, _ = CASES[case[0]]
-        os.environ["MASTER_PORT"] = str(port)
-        results[case] = updates(config, model, broken if case[1] else "")
-    return results
-
-
 def test_a_non_finite_update_on_one_rank_is_left_out_by_all_and_changes_nothing(tmp_path):
     path = write_tiny_model(tmp_path / "model", "llama", tied=True)
     base = ["recipe=tiny", f"model.path={path}", f"trainer.run_dir={tmp_path / 'run'}", "parallel=dp2"]
     base += ["optimizer.lr=1e-2", "optimizer.schedule=cosine", "optimizer.weight_decay=0.1", "rollout.max_model_len=64"]
     configs = {(case, bad): load_config([*base, *changes]) for case, (_, _, changes) in CASES.items() for bad in (False, True)}
-    ranks = run_ranks(run_cases, 2, configs, [free_port() for _ in configs], timeout_s=200)
+    cases = {name: (config, CASES[name[0]][0], CASES[name[0]][1] if name[1] else "") for name, config in configs.items()}
+    ranks = run_cases(updates, 2, cases, timeout_s=200)
     for case, (_, broken, _) in CASES.items():
         for results in ranks:
             never, skipped = results[case, False], results[case, True]

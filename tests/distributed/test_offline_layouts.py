@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from helpers.offline import LR, offline_config, random_examples, updates
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 
 LAYOUTS = {
@@ -34,17 +32,6 @@ def run_case(config):
     return updates(config, batches, random_examples(config, 5, seed=3))
 
 
-def run_cases(rank, configs, ports):
-    results = {}
-    for (name, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the case before
-        try:
-            results[name] = run_case(config)
-        except Exception as error:
-            raise RuntimeError(f"rank {rank} failed in {name}") from error
-    return results
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """(one process's results by (case, whether of experts), both ranks' results by (case, layout))."""
@@ -64,8 +51,8 @@ def results(tmp_path_factory):
         return offline_config(command, models[of_experts], *fixed, *changes, *layout)
 
     pairs = [(case, layout) for case, (_, _, layouts) in CASES.items() for layout in layouts]
-    together = {(case, layout): config_of(case, layout in OF_EXPERTS, LAYOUTS[layout]) for case, layout in pairs}
-    ranks = run_ranks(run_cases, 2, together, [free_port() for _ in together], timeout_s=280)
+    together = {(case, layout): (config_of(case, layout in OF_EXPERTS, LAYOUTS[layout]),) for case, layout in pairs}
+    ranks = run_cases(run_case, 2, together, timeout_s=280)
     alone = {(case, layout in OF_EXPERTS) for case, layout in pairs}
     return {(case, of_experts): run_case(config_of(case, of_experts)) for case, of_experts in alone}, ranks
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.policy import make_policy
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.tiny import write_tiny_model
 from skyrl_mega.checkpoint.state import load, save
 from skyrl_mega.checkpoint.store import find_checkpoint
@@ -62,7 +62,7 @@ def hf_gradients(policy, update: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(gradient(name, shape, update)).float() for name, shape in shapes.items()}
 
 
-def updated(config, *, saved_after: int = 0, loaded_from: Path | None = None) -> dict:
+def updated(config, saved_after: int = 0, *, loaded_from: Path | None = None) -> dict:
     """Weights by Hugging Face names, gradient norms and rates after UPDATES updates by given gradients.
 
     `saved_after`: writes a checkpoint after so many and ends; `loaded_from`: goes on from one.
@@ -248,17 +248,10 @@ RANKS = {
 SAVED = "tp2 muon, saved"
 
 
-def run_cases(rank, configs, ports):
-    results = {}
-    for (case, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        results[case] = updated(config, saved_after=UPDATES - 1 if case == SAVED else 0)
-    return results
-
-
 def test_several_ranks_make_the_update_of_the_formula_and_one_goes_on_from_their_checkpoint(make_config):
     configs = {case: make_config(*overrides, has_experts="experts" in case) for case, overrides in RANKS.items()}
-    for results in run_ranks(run_cases, 2, configs, [free_port() for _ in configs], timeout_s=200):
+    cases = {case: (config, UPDATES - 1 if case == SAVED else 0) for case, config in configs.items()}
+    for results in run_cases(updated, 2, cases, timeout_s=200):
         for case, config in configs.items():
             if case != SAVED:
                 agree(results[case], expected(config, weights_before(config)), config.optimizer.lr)

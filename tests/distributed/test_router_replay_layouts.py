@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from helpers.policy import make_policy, tiny_config
 from helpers.routing import own_routing, with_random_routing
-from helpers.spawn import free_port, run_ranks
+from helpers.spawn import run_cases
 from helpers.updates import clones, variant
 from skyrl_mega.data.packing import balance_and_pack
 from skyrl_mega.data.synthetic import random_samples
@@ -44,19 +42,11 @@ def replayed_update(config) -> dict:
         return {"own": own_routing(policy, packed()), "metrics": policy.train_step(packed()), "weights": clones(policy)}
 
 
-def on_rank(rank: int, configs: dict, ports: list[int]) -> dict:
-    results = {}
-    for (name, config), port in zip(configs.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)  # a rank that is quicker must not meet the store of the layout before
-        results[name] = replayed_update(config)
-    return results
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[dict, list[dict]]:
     config = tiny_config(tmp_path_factory.mktemp("moe"), family="qwen3_moe", tied=False, **SHAPE)
-    configs = {name: variant(config, *REPLAY, *layout) for name, layout in LAYOUTS.items()}
-    sharded = run_ranks(on_rank, 2, configs, [free_port() for _ in configs])
+    configs = {name: (variant(config, *REPLAY, *layout),) for name, layout in LAYOUTS.items()}
+    sharded = run_cases(replayed_update, 2, configs)
     return replayed_update(variant(config, *REPLAY)), sharded
 
 

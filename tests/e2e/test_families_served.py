@@ -64,7 +64,7 @@ def serve(rank: int, folder, family: str) -> dict[str, float]:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     observed["changed"] = logprob_error(engine, model)
     sink = one_engine_sink(engine)
-    publish(HFExporter([model], path, topology), sink, 1, torch.float32, bucket_bytes=60_000)
+    publish(HFExporter([model], topology), sink, 1, torch.float32, bucket_bytes=60_000)
     observed["pushed"] = logprob_error(engine, model)
     sink.close()
     engine.close()

@@ -105,7 +105,7 @@ def observe(rank: int, folder) -> dict:
         with torch.no_grad():
             for parameter in policy.chunks[0].parameters():
                 parameter.copy_(parameter.bfloat16())  # the policy has what the engine gets
-        publish(HFExporter(policy.chunks, path, topology), sink, version, torch.bfloat16, bucket_bytes=2**20)
+        publish(HFExporter(policy.chunks, topology), sink, version, torch.bfloat16, bucket_bytes=2**20)
         first, again = generate(), generate()
         samples = [sample(i, completion) for i, completion in enumerate(again)]
         own = own_routing(policy, pack(samples))

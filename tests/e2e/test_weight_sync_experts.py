@@ -56,7 +56,7 @@ def serve_versions(rank: int, folder) -> dict:
     engine = VLLMEngine.start(rollout, model_path=str(path), seed=0, threads=1, in_process=True, device="cpu")
     chunks = build_model(Config(model=ModelConfig(path=str(path), dtype="float32")), topology)
     load_hf_weights(chunks, path, topology)
-    exporter, sink = HFExporter(chunks, path, topology), one_engine_sink(engine)
+    exporter, sink = HFExporter(chunks, topology), one_engine_sink(engine)
     observed = {"start": logprob_error(engine, path)}
     for version in (1, 2):
         with torch.no_grad():

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,29 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     problems = [text for status, text in reports if status == "failed"]
     assert not problems, f"{len(problems)} of {world_size} ranks failed\n" + "\n".join(problems)
     return [value for _, value in reports]
+
+
+def run_cases(
+    fn: Callable[..., Any], world_size: int, cases: Mapping[Any, tuple[Any, ...]], timeout_s: float = 120
+) -> list[dict[Any, Any]]:
+    """What `fn(*case)` returned for each case, by the case's name, in the order of the ranks.
+
+    The cases run one after another in the same ranks, since starting ranks takes longer than most cases. Every case may join
+    and leave a world: it has a port of its own, so that a rank that is quicker does not meet the store of the case before.
+    Otherwise as `run_ranks`; the traceback of a failure names its case.
+    """
+    return run_ranks(_run_in_turn, world_size, fn, cases, [free_port() for _ in cases], timeout_s=timeout_s)
+
+
+def _run_in_turn(rank: int, fn: Callable[..., Any], cases: Mapping[Any, tuple[Any, ...]], ports: list[int]) -> dict[Any, Any]:
+    results = {}
+    for (name, case), port in zip(cases.items(), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            results[name] = fn(*case)
+        except Exception as error:
+            raise RuntimeError(f"rank {rank} failed in the case {name}") from error
+    return results
 
 
 def start_ranks(fn: Callable[..., Any], world_size: int, folder: str, timeout_s: float, *args: Any) -> list[Any]:

@@ -43,7 +43,7 @@ def test_the_example_adds_a_family(topology, tmp_path, monkeypatch):
     sequences = make_sequences([7, 30, 12], 272)
     logits = forward_hidden(model, make_micro_batch(sequences)) @ output_weight(model).t()
     torch.testing.assert_close(logits, oracle_logits(load_oracle(path), sequences), rtol=0, atol=2e-5)
-    exported = dict(HFExporter([model], path, topology).iter_weights(torch.float32))
+    exported = dict(HFExporter([model], topology).iter_weights(torch.float32))
     source = load_file(path / "model.safetensors")
     assert source.keys() == exported.keys()
     assert all(torch.equal(tensor, exported[name]) for name, tensor in source.items())

@@ -62,7 +62,7 @@ def test_loaded_parameters_equal_an_independent_converter(family, tied, topology
 def test_an_untouched_model_is_written_bit_for_bit(family, tied, dtype, topology, tmp_path):
     path = write_tiny_model(tmp_path / "source", family, tied=tied, dtype=dtype)
     out = tmp_path / "out"
-    save_hf(HFExporter([_policy(path, topology, dtype)], path, topology), path, out, getattr(torch, dtype))
+    save_hf(HFExporter([_policy(path, topology, dtype)], topology), path, out, getattr(torch, dtype))
     source, written = load_file(path / "model.safetensors"), load_file(out / "model.safetensors")
     assert source.keys() == written.keys()
     for name, tensor in source.items():
@@ -81,12 +81,12 @@ def test_an_untied_model_keeps_its_head_after_a_tied_one_was_loaded_in_the_same_
     path = write_tiny_model(tmp_path / "untied", "qwen2", tied=False)
     model = _policy(path, topology)
     assert torch.equal(model.output_layer.weight, load_file(path / "model.safetensors")["lm_head.weight"])
-    assert dict(HFExporter([model], path, topology).iter_weights(torch.float32))["lm_head.weight"].shape == (272, 64)
+    assert dict(HFExporter([model], topology).iter_weights(torch.float32))["lm_head.weight"].shape == (272, 64)
 
 
 def test_export_in_another_dtype_rounds_and_says_so_in_the_config(topology, tmp_path):
     path = write_tiny_model(tmp_path / "source")
-    save_hf(HFExporter([_policy(path, topology)], path, topology), path, tmp_path / "out", torch.bfloat16)
+    save_hf(HFExporter([_policy(path, topology)], topology), path, tmp_path / "out", torch.bfloat16)
     source, written = load_file(path / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensor.bfloat16(), written[name]) for name, tensor in source.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -94,7 +94,7 @@ def test_export_in_another_dtype_rounds_and_says_so_in_the_config(topology, tmp_
 
 def test_large_models_are_written_in_shards_with_an_index_and_read_back(topology, tmp_path):
     path = write_tiny_model(tmp_path / "source", "qwen2")
-    save_hf(HFExporter([_policy(path, topology)], path, topology), path, tmp_path / "out", torch.float32, max_shard_bytes=100_000)
+    save_hf(HFExporter([_policy(path, topology)], topology), path, tmp_path / "out", torch.float32, max_shard_bytes=100_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
@@ -102,14 +102,14 @@ def test_large_models_are_written_in_shards_with_an_index_and_read_back(topology
     assert all((tmp_path / "out" / file).stat().st_size < 110_000 for file in files)
     source = load_file(path / "model.safetensors")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in source.values())
-    again = dict(HFExporter([_policy(tmp_path / "out", topology)], path, topology).iter_weights(torch.float32))
+    again = dict(HFExporter([_policy(tmp_path / "out", topology)], topology).iter_weights(torch.float32))
     assert all(torch.equal(tensor, again[name]) for name, tensor in source.items())
     load_oracle(tmp_path / "out")
 
 
 def test_saving_replaces_a_directory_whole_and_leaves_nothing_else_behind(topology, tmp_path):
     path = write_tiny_model(tmp_path / "source")
-    exporter = HFExporter([_policy(path, topology)], path, topology)
+    exporter = HFExporter([_policy(path, topology)], topology)
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale.txt").write_text("old")
@@ -124,7 +124,7 @@ def test_saving_replaces_a_directory_whole_and_leaves_nothing_else_behind(topolo
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_fused_groups_are_whole_consecutive_and_in_export_order(family, tied, topology, tmp_path):
     path = write_tiny_model(tmp_path, family, tied=tied)
-    exporter = HFExporter([_policy(path, topology)], path, topology)
+    exporter = HFExporter([_policy(path, topology)], topology)
     groups = exporter.fused_groups()
     exported = [name for name, _ in exporter.iter_weights(torch.float32)]
     assert [name for group in groups for name in group] == exported == [name for name, _ in exporter.iter_weights(torch.float32)]
@@ -145,7 +145,7 @@ def test_fused_groups_are_whole_consecutive_and_in_export_order(family, tied, to
 
 def test_exported_tensors_carry_no_gradient_and_leave_the_consumers_grad_mode_alone(topology, tmp_path):
     path = write_tiny_model(tmp_path)
-    for _, tensor in HFExporter([_policy(path, topology)], path, topology).iter_weights(torch.bfloat16):
+    for _, tensor in HFExporter([_policy(path, topology)], topology).iter_weights(torch.bfloat16):
         assert not tensor.requires_grad
         assert tensor.is_contiguous()
         assert tensor.dtype == torch.bfloat16
@@ -161,7 +161,7 @@ def test_a_parameter_without_a_row_and_a_row_without_a_parameter_are_named(topol
     del model.decoder.layers[1].extra
     del model.decoder.layers[0].self_attention.q_layernorm.weight
     with pytest.raises(ModelLoadError, match=r"no parameters for these rows .*: decoder\.layers\.0\..*q_layernorm\.weight\."):
-        HFExporter([model], path, topology)
+        HFExporter([model], topology)
 
 
 def _drop(name):
@@ -221,7 +221,7 @@ def test_layers_that_predict_further_tokens_are_left_out_in_one_warning(topology
     _rewrite(path, lambda tensors: tensors.update(extra))
     with pytest.warns(UserWarning, match=f"2 tensors .* neither trained nor exported: {', '.join(sorted(extra))}"):
         model = _policy(path, topology)
-    save_hf(HFExporter([model], path, topology), path, tmp_path / "out", torch.float32)
+    save_hf(HFExporter([model], topology), path, tmp_path / "out", torch.float32)
     assert not extra.keys() & load_file(tmp_path / "out" / "model.safetensors").keys()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     _rewrite(path, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(64, 128)}))
@@ -234,7 +234,7 @@ def test_a_routers_bias_is_float32_in_a_bfloat16_model_and_its_export(topology, 
     model = _policy(path, topology, "bfloat16")
     [bias] = [buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    exporter = HFExporter([model], path, topology)
+    exporter = HFExporter([model], topology)
     exported = dict(exporter.iter_weights(torch.bfloat16))
     source = load_file(path / "model.safetensors")
     assert exported[name].dtype == bias.dtype == source[name].dtype == torch.float32
@@ -294,7 +294,7 @@ def test_an_export_removes_what_killed_ones_left_and_nothing_else(tmp_path, topo
     path = write_tiny_model(tmp_path / "model", "llama", tied=True)
     for name in (".out.ab12_cd3", ".out.old.ab12_cd3", ".out.keep", ".output.ab12_cd3", ".another"):
         (tmp_path / name).mkdir()
-    save_hf(HFExporter([_policy(path, topology)], path, topology), path, tmp_path / "out", torch.float32)
+    save_hf(HFExporter([_policy(path, topology)], topology), path, tmp_path / "out", torch.float32)
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out", ".out.keep", ".output.ab12_cd3", ".another"}
 
 
