@@ -5,8 +5,8 @@
 //     #include "for_each_isa.h"
 //     ... SKYRL_MEGA_DISPATCH(scan_segment, (...)) ...
 //
-// The header of kernels has no include guard, includes nothing, opens no namespace, and uses the types of vector.h (also without a
-// guard). Its functions are `static`; none may use inline functions or templates of the standard library or ATen (the linker
+// The header of kernels has no include guard, includes nothing but token_lanes.h, opens no namespace, and uses the types of vector.h
+// (both without a guard too). Its functions are `static`; none may use inline functions or templates of the standard library or ATen (the linker
 // could keep the copy compiled for AVX-512 and give it to everybody), nor lambdas (GCC compiles those for the baseline).
 #include <cstdint>
 #include <cstring>

@@ -1,7 +1,5 @@
 // Policy losses over packed tokens with their gradient and statistics, float32: every token is read once, threads over blocks of tokens
 // or over sequences. The contract is in policy_loss/api.py; the formulas in policy_loss_kernels.h.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "sequences.h"
+#include "tokens.h"
 
 namespace skyrl_mega {
 
@@ -35,20 +34,6 @@ struct PolicyLossKernel {
 
 namespace skyrl_mega {
 namespace {
-
-constexpr int64_t kTokensPerRange = 16384;  // sums of a range do not depend on the threads
-
-const float* floats(const at::Tensor& tensor, int64_t num_tokens, const char* name) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == num_tokens, name,
-                    " must be contiguous float32 [", num_tokens, "], got ", tensor.scalar_type(), " ", tensor.sizes());
-  return tensor.const_data_ptr<float>();
-}
-
-const uint8_t* bools(const at::Tensor& tensor, int64_t num_tokens, const char* name) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kBool && tensor.is_contiguous() && tensor.numel() == num_tokens, name,
-                    " must be contiguous bool [", num_tokens, "], got ", tensor.scalar_type(), " ", tensor.sizes());
-  return reinterpret_cast<const uint8_t*>(tensor.const_data_ptr<bool>());
-}
 
 // (float64 [1 + K]: sums of the loss by loss_weights and of the K statistics by weights; float32 [T]: the loss's gradient.)
 std::tuple<at::Tensor, at::Tensor> policy_loss(c10::string_view name, const at::Tensor& logprobs, const at::Tensor& denominators,

@@ -4,21 +4,11 @@
 // logprob) and its statistics. Formulas, names and the order of options and statistics are those of the torch functions in
 // skyrl_mega/algorithms/policy_losses; table.py of the operator repeats the order.
 //
-// Rounding: statistics and loss are summed in float32 per lane over a block, and in double from block to block. exp(x) - 1 - x, which k3
-// is, loses all its digits at small x when computed so; here it comes from the polynomial of exp, whose first terms are left out.
+// Rounding: statistics and loss are summed in float32 per lane over a block, and in double from block to block.
+#include "token_lanes.h"
 
-constexpr int64_t kBlock = 4096;  // tokens whose sums are float32: 256 of them per lane with AVX-512
 constexpr int64_t kMaxStats = 5;
-constexpr float kMaxAbsLogRatio = 20.0f;  // log_ratio.py's
 
-#define VECTOR_MEMBER inline __attribute__((always_inline))
-
-VECTOR_INLINE Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
-VECTOR_INLINE Vec where(IntVec condition, Vec value) { return (Vec)(condition & (IntVec)value); }  // 0 elsewhere
-VECTOR_INLINE Vec one_where(IntVec condition) { return where(condition, splat(1.0f)); }
-// NaN stays NaN.
-VECTOR_INLINE Vec at_least(Vec value, Vec low) { return select(value < low, low, value); }
-VECTOR_INLINE Vec at_most(Vec value, Vec high) { return select(value > high, high, value); }
 VECTOR_INLINE bool any(IntVec condition) {
 #if SKYRL_MEGA_VECTOR_BYTES == 64
   return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
@@ -27,35 +17,6 @@ VECTOR_INLINE bool any(IntVec condition) {
   for (int64_t lane = 0; lane < kLanes; lane++) joined |= condition[lane];
   return joined != 0;
 #endif
-}
-VECTOR_INLINE Vec abs(Vec value) { return (Vec)((IntVec)value & 0x7fffffff); }
-
-// exp(x) and exp(x) - 1 - x for |x| <= 20, NaN included: vector.h's exp_in_range, taken apart.
-// With x = n ln 2 + r and s = 2^n: exp(x) = s (1 + r + r^2 q) and exp(x) - 1 - x = s r^2 q + (s r + (s - 1) - x), where the
-// bracket is exactly 0 at n = 0.
-struct Exponential {
-  Vec value;
-  Vec beyond_linear;
-};
-VECTOR_INLINE Exponential exponential(Vec x) {
-#if SKYRL_MEGA_VECTOR_BYTES == 64
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504089f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec scale = (Vec)_mm512_scalef_ps((__m512)splat(1.0f), (__m512)n);
-#else
-  const Vec shifter = splat(12582912.0f);
-  const Vec shifted = x * 1.44269504089f + shifter;
-  const Vec n = shifted - shifter;
-  const Vec scale = (Vec)(((IntVec)shifted - (IntVec)shifter + 127) << 23);
-#endif
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec q = splat(1.9875691500e-4f);
-  q = q * r + 1.3981999507e-3f;
-  q = q * r + 8.3334519073e-3f;
-  q = q * r + 4.1665795894e-2f;
-  q = q * r + 1.6666665459e-1f;
-  q = q * r + 5.0000001201e-1f;
-  const Vec tail = q * (r * r);
-  return {scale * (tail + r + 1.0f), scale * tail + ((scale * r + (scale - 1.0f)) - x)};
 }
 
 // log(x) of a positive, normal x, within 2 ulp; NaN stays NaN. Cephes' logf: x = 2^e m with sqrt(1/2) <= m < sqrt(2), then a polynomial
@@ -89,17 +50,6 @@ struct Lanes {
   Vec approx_kl;      // ratio - 1 - log_ratio
 };
 
-// kLanes bools (bytes of 0 or 1) as conditions. GCC 12 takes __builtin_convertvector apart into 50 scalar instructions.
-VECTOR_INLINE IntVec load_bools(const uint8_t* from) {
-#if SKYRL_MEGA_VECTOR_BYTES == 64
-  return -(IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-#elif SKYRL_MEGA_VECTOR_BYTES == 32
-  return -(IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
-#else
-  return -(IntVec){from[0], from[1], from[2], from[3]};
-#endif
-}
-
 VECTOR_INLINE Lanes load_lanes(const PolicyLossTokens& tokens, int64_t at) {
   Lanes lanes;
   lanes.counts = load_bools(tokens.loss_mask + at);
@@ -107,9 +57,9 @@ VECTOR_INLINE Lanes load_lanes(const PolicyLossTokens& tokens, int64_t at) {
   lanes.logprobs = where(lanes.counts, load(tokens.logprobs + at));
   lanes.denominators = where(lanes.counts, load(tokens.denominators + at));
   lanes.advantages = where(lanes.counts, load(tokens.advantages + at));
-  const Vec difference = lanes.logprobs - lanes.denominators, limit = splat(kMaxAbsLogRatio);
-  lanes.inside = lanes.counts & (difference >= -limit) & (difference <= limit);
-  lanes.log_ratio = at_most(at_least(difference, -limit), limit);
+  const LogRatio ratio = clipped_log_ratio(lanes.logprobs, lanes.denominators, lanes.counts);
+  lanes.inside = ratio.inside;
+  lanes.log_ratio = ratio.value;
   const Exponential exponential_of = exponential(lanes.log_ratio);
   lanes.ratio = exponential_of.value;
   lanes.approx_kl = exponential_of.beyond_linear;
@@ -313,18 +263,6 @@ struct Gmpo {
 
 // ---- the loops
 
-// A block's sums, float32 per lane; flushed into double.
-template <int64_t kSums>
-struct BlockSums {
-  Vec lanes[kSums > 0 ? kSums : 1];
-  VECTOR_MEMBER void clear() {
-    for (int64_t k = 0; k < kSums; k++) lanes[k] = (Vec){};
-  }
-  VECTOR_MEMBER void add_to(double* sums) const {
-    for (int64_t k = 0; k < kSums; k++) sums[k] += horizontal_sum(lanes[k]);
-  }
-};
-
 // The ragged end of a range as kLanes tokens, those beyond it masked.
 struct Tail {
   float logprobs[kLanes] = {}, denominators[kLanes] = {}, advantages[kLanes] = {}, weights[kLanes] = {}, loss_weights[kLanes] = {};
@@ -483,4 +421,3 @@ static const PolicyLossKernel* find_policy_loss(const char* name) {
     if (strcmp(kernel.name, name) == 0) return &kernel;
   return nullptr;
 }
-#undef VECTOR_MEMBER

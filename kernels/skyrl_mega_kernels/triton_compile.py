@@ -27,6 +27,8 @@ from skyrl_mega_kernels.linear_logprobs import triton as linear
 from skyrl_mega_kernels.linear_logprobs import triton_kernels as linear_kernels
 from skyrl_mega_kernels.logits_logprobs import triton as logits
 from skyrl_mega_kernels.logits_logprobs import triton_kernels as logits_kernels
+from skyrl_mega_kernels.loss_terms import triton as loss_terms
+from skyrl_mega_kernels.loss_terms import triton_kernels as loss_terms_kernels
 from skyrl_mega_kernels.policy_loss import triton as policy_loss
 from skyrl_mega_kernels.policy_loss import triton_kernels as policy_loss_kernels
 from skyrl_mega_kernels.segmented_gae import triton as scan
@@ -39,8 +41,10 @@ _ARGUMENTS = {
     **dict.fromkeys(("hidden", "weight", "bias", "logits", "gradients", "left", "right"), "**"),
     **dict.fromkeys(("floors", "partials", "packed", "lses", "coefficients", "top_logits", "decay", "values", "out"), "*fp32"),
     **dict.fromkeys(("logprobs", "denominators", "advantages", "weights", "loss_weights", "gradient", "sums"), "*fp32"),
+    **dict.fromkeys(("trainer_logprobs", "rollout_logprobs", "ref_logprobs", "entropy"), "*fp32"),
+    **dict.fromkeys(("logprobs_gradient", "entropy_gradient"), "*fp32"),
     **dict.fromkeys(("loss_mask", "marked"), "*u8"),
-    **dict.fromkeys(("option_0", "option_1", "option_2"), "fp32"),
+    **dict.fromkeys(("option_0", "option_1", "option_2", "kl_coef", "entropy_coef"), "fp32"),
     **dict.fromkeys(("label_columns", "top_columns", "cu_seqlens"), "*i64"),
     **dict.fromkeys(("has_bias", "has_floor", "with_entropy", "accumulate"), "u1"),
     **dict.fromkeys(("scale", "cap"), "fp32"),
@@ -121,6 +125,9 @@ def variants(chip: Chip) -> Iterator[Variant]:
         for name in policy_loss.COMPILED[whole]:
             constexprs = dict(LOSS=name, BLOCK=policy_loss.BLOCK)
             yield _plain("policy_loss", function, chip, torch.float32, loss_tile, constexprs)
+    for estimator, has_entropy in loss_terms.COMPILED:
+        constexprs = dict(KL=estimator, HAS_ENTROPY=has_entropy, BLOCK=loss_terms.BLOCK)
+        yield _plain("loss_terms", loss_terms_kernels.loss_terms, chip, torch.float32, loss_tile, constexprs)
 
 
 def inspect(variant: Variant) -> Inspection:

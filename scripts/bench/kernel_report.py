@@ -50,6 +50,7 @@ def work_of(kernel: str, element_bytes: int, constexprs: dict[str, Any]) -> Work
     inputs = (hidden + weight) * element_bytes
     kept = 4.0 * logits if constexprs.get("KEEP") else 0.0
     slices = max(1, logits * element_bytes // (256 << 20))
+    terms_bytes = 13.0 + 12.0 * bool(constexprs.get("KL")) + 8.0 * bool(constexprs.get("HAS_ENTROPY"))
     works = {
         "statistics": Work(product, inputs + kept),
         "merge_partials": Work(0, 64 * 4 * NUM_ROWS * 4),
@@ -63,6 +64,7 @@ def work_of(kernel: str, element_bytes: int, constexprs: dict[str, Any]) -> Work
         "logits_gradients": Work(0, 2.0 * logits * element_bytes),
         "segmented_scan": Work(0, 3.0 * 4 * SEGMENTS * SEGMENT_TOKENS),
         "policy_loss": Work(0, 21.0 * SEGMENTS * SEGMENT_TOKENS),
+        "loss_terms": Work(0, terms_bytes * SEGMENTS * SEGMENT_TOKENS),
     }
     return works[kernel]
 

@@ -18,18 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from skyrl_mega.algorithms.kl import KL_ESTIMATORS, k1, k3
 from skyrl_mega.algorithms.off_policy import bind_stages, off_policy_correction
 from skyrl_mega.algorithms.off_policy.weights import SEQUENCE_PREFIX, SEQUENCES, Correction, effective_shares
 from skyrl_mega.algorithms.policy_losses import POLICY_LOSSES, LossInputs
 from skyrl_mega.algorithms.policy_losses.sums import PolicyLossSums
-from skyrl_mega.algorithms.registry import lookup
+from skyrl_mega.algorithms.terms import WEIGHT_SUM, LossTerms
 from skyrl_mega.config.schema import AlgorithmConfig
 from skyrl_mega.errors import ConfigError
 from skyrl_mega.types import Metrics
-
-#: The weight of the tokens that were computed; below 1 where samples were left out.
-WEIGHT_SUM = "weight/sum"
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,9 @@ class Objective:
                 " rollout the loss's own ratio is that already: it would count twice. Set `algorithm.old_logprobs=policy`"
                 " (decoupled PPO), or keep only stages that don't weigh (masks)."
             )
-        self._kl = lookup(KL_ESTIMATORS, config.kl.estimator, "algorithm.kl.estimator")
+        self._terms = LossTerms(config, kernels)
         #: The reference's KL is a term of the loss.
-        self.has_kl = config.kl.coef != 0 and config.kl.place == "loss"
+        self.has_kl = self._terms.has_kl
         #: Further inputs of the policy loss: "teacher_topk".
         self.needs: frozenset[str] = entry.traits["needs"]
         #: Every token's part looks at that token only: the LM head and the loss may run chunk by chunk.
@@ -83,7 +79,6 @@ class Objective:
         off_policy/* where corrected, and weight/sum. The trainer's are the old ones; with `old_logprobs=rollout`, where those
         are the engine's, the current ones. Raises ConfigError for a term that is switched on and whose input is missing.
         """
-        config, mask_T = self.config, inputs.loss_mask
         averages: dict[str, torch.Tensor] = {}
         of_sequences: dict[str, torch.Tensor] = {}
         loss_weights_T = weights_T
@@ -93,35 +88,14 @@ class Objective:
             averages |= correction.token_stats
             of_sequences = correction.sequence_sums
         policy_loss, policy_stats = self._policy_loss_sums(inputs, weights_T, loss_weights_T)
-        losses = {"policy": policy_loss}
-
-        if self.has_kl:
-            if inputs.ref_logprobs is None:
-                raise ConfigError(
-                    f"algorithm.kl.coef ({config.kl.coef}) needs ref_logprobs; run the reference model or set it to 0."
-                )
-            kl_T = self._kl(inputs.logprobs, inputs.ref_logprobs, mask_T)
-            losses["kl"] = (config.kl.coef if kl_coef is None else kl_coef) * _weighted_sum(kl_T, weights_T)
-            averages["policy/kl_ref"] = kl_T.detach()
-        if inputs.entropy is not None:
-            entropy_T = torch.where(mask_T, inputs.entropy, 0.0)
-            averages["policy/entropy"] = entropy_T
-            if config.entropy_coef != 0:
-                losses["entropy"] = -config.entropy_coef * _weighted_sum(entropy_T, weights_T)
-        elif config.entropy_coef != 0:
-            raise ConfigError(f"algorithm.entropy_coef ({config.entropy_coef}) needs the entropy; compute it or set it to 0.")
-
-        loss_sum = torch.stack(list(losses.values())).sum()
+        terms = self._terms(inputs, self._trainer_logprobs(inputs), weights_T, kl_coef)
+        loss_sum = policy_loss + terms.loss
+        stats = {"loss/policy": policy_loss.detach(), "loss/total": loss_sum.detach()} | terms.sums
+        stats.update({f"policy/{name}": value for name, value in policy_stats.items()})
         with torch.no_grad():
-            mismatch, mismatch_max = _mismatch(self._trainer_logprobs(inputs), inputs)
-            averages.update(mismatch)
-            stats = {f"loss/{name}": value.detach() for name, value in losses.items()}
-            stats["loss/total"] = loss_sum.detach()
-            stats.update({f"policy/{name}": value for name, value in policy_stats.items()})
-            stats.update({name: _weighted_sum(value_T, weights_T) for name, value_T in averages.items()})
-            stats[WEIGHT_SUM] = weights_T.sum()
-            stats.update(of_sequences)
-        return loss_sum, LossStats(stats, mismatch_max)
+            stats.update({name: (value_T * weights_T).sum() for name, value_T in averages.items()})
+        stats.update(of_sequences)
+        return loss_sum, LossStats(stats, terms.maxima)
 
     def sequence_sums(self, inputs: LossInputs) -> dict[str, torch.Tensor]:
         """The `sums` of whole sequences that calls with chunks of tokens leave out: of a whole micro-batch, with `sequences`."""
@@ -162,20 +136,3 @@ def mean_stats(sums: Mapping[str, float]) -> Metrics:
             count = as_is[SEQUENCES if name.startswith(SEQUENCE_PREFIX) else WEIGHT_SUM]
             averages[name] = float(value) / count if count > 0 else 0.0
     return {**as_is, **effective_shares(averages)}
-
-
-def _weighted_sum(value_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
-    return (value_T * weights_T).sum()
-
-
-def _mismatch(trainer_logprobs_T: torch.Tensor, inputs: LossInputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """How far the engine that sampled and the trainer that learns are apart."""
-    difference_T = torch.where(inputs.loss_mask, trainer_logprobs_T - inputs.rollout_logprobs, 0.0).abs()
-    averages = {
-        "mismatch/abs_logprob_diff_mean": difference_T,
-        # With the engine as the sampler: KL(engine || trainer), once with little noise and once as the plain mean of log-ratios.
-        "mismatch/kl": k3(inputs.rollout_logprobs, trainer_logprobs_T, inputs.loss_mask),
-        "mismatch/kl_k1": k1(inputs.rollout_logprobs, trainer_logprobs_T, inputs.loss_mask),
-    }
-    largest = difference_T.amax() if difference_T.numel() else difference_T.new_zeros(())
-    return averages, {"mismatch/abs_logprob_diff_max": largest}

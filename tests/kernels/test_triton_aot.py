@@ -40,6 +40,7 @@ WARPS_WANTED = {
     "logits_gradients": 16,
     "segmented_scan": 8,
     "policy_loss": 8,
+    "loss_terms": 8,
 }
 
 

@@ -17,6 +17,7 @@ from triton_cases import (
     whole,
 )
 
+from helpers.loss_terms_cases import KINDS, assert_terms_as_good_as_torch, run_terms, terms_case
 from helpers.policy_loss_cases import assert_as_good_as_torch, random_case, run
 from skyrl_mega_kernels import triton_targets
 from skyrl_mega_kernels.linear_logprobs import triton as linear
@@ -266,6 +267,17 @@ def test_policy_losses_have_the_sums_and_gradients_of_their_definitions(name):
     assert_as_good_as_torch(name, random_case([7, 90], spread=1e-4), "triton", options={})
     result = run(name, random_case([]), "triton")
     assert [float(value) for value in (result.loss, *result.stats.values())] == [0.0] * (1 + len(result.stats))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_loss_terms_have_the_sums_and_gradients_of_their_definitions(kind):
+    for lengths in ([5], [1, 0, 3, 1024, 1100, 0]):
+        assert_terms_as_good_as_torch(kind, terms_case(lengths), "triton")
+    assert_terms_as_good_as_torch(kind, terms_case([7, 90], spread=1e-4), "triton")
+    assert float(run_terms(kind, terms_case([]), "triton").loss) == 0.0
+    case = terms_case([1030])
+    case.inputs.loss_mask[1025], case.inputs.rollout_logprobs[1025] = True, torch.nan
+    assert run_terms(kind, case, "triton").sums["mismatch/abs_logprob_diff_max"].isnan()
 
 
 def test_backends_say_that_they_can_run_here_and_what_they_cannot():

@@ -75,9 +75,9 @@ class _PolicyLossSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, module, name, tokens, weights_T, loss_weights_T, options):
         same_weights = loss_weights_T is weights_T
-        weights_T = _flat(weights_T, logprobs.dtype)
-        loss_weights_T = weights_T if same_weights else _flat(loss_weights_T, logprobs.dtype)
-        of_tokens = (_flat(tensor, logprobs.dtype) for tensor in (logprobs, tokens.denominators, tokens.advantages))
+        weights_T = flat(weights_T, logprobs.dtype)
+        loss_weights_T = weights_T if same_weights else flat(loss_weights_T, logprobs.dtype)
+        of_tokens = (flat(tensor, logprobs.dtype) for tensor in (logprobs, tokens.denominators, tokens.advantages))
         marked_T = tokens.marked
         cu_seqlens = tokens.cu_seqlens if LOSSES[name].whole_sequences else None
         sums, gradient_T = module.sums_and_gradient(
@@ -102,5 +102,6 @@ class _PolicyLossSums(torch.autograd.Function):
         return gradient_T * grad_loss, *[None] * 6
 
 
-def _flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As kernels take it: detached, contiguous, of their dtype."""
     return tensor.detach().to(dtype).contiguous()

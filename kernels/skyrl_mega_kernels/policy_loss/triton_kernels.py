@@ -15,7 +15,7 @@ _MAX_ABS_LOG_RATIO = tl.constexpr(20.0)
 
 
 @triton.jit
-def _approx_kl(x, ratio):
+def beyond_linear(x, ratio):
     """ratio - 1 - x, near 0 by the terms of exp's polynomial beyond the first two (there the difference has no digits left)."""
     q = 1.9875691500e-4 * x + 1.3981999507e-3
     q = q * x + 8.3334519073e-3
@@ -26,21 +26,27 @@ def _approx_kl(x, ratio):
 
 
 @triton.jit
+def clipped_log_ratio(numerator, denominator, counts):
+    """(log ratio within +-20, whether it has a gradient: it counts and is not clipped)."""
+    difference = numerator - denominator
+    is_inside = counts & (difference >= -_MAX_ABS_LOG_RATIO) & (difference <= _MAX_ABS_LOG_RATIO)
+    log_ratio = tl.where(difference < -_MAX_ABS_LOG_RATIO, -_MAX_ABS_LOG_RATIO, difference)
+    return tl.where(log_ratio > _MAX_ABS_LOG_RATIO, _MAX_ABS_LOG_RATIO, log_ratio), is_inside
+
+
+@triton.jit
 def _load_tokens(logprobs, denominators, advantages, loss_mask, at, is_there):
     """(logprob, denominator, advantage, log ratio, counts, has a gradient by its ratio); of a masked token 0."""
     counts = tl.load(loss_mask + at, mask=is_there, other=0) != 0
     logprob = tl.load(logprobs + at, mask=counts, other=0.0)
     denominator = tl.load(denominators + at, mask=counts, other=0.0)
     advantage = tl.load(advantages + at, mask=counts, other=0.0)
-    difference = logprob - denominator
-    is_inside = counts & (difference >= -_MAX_ABS_LOG_RATIO) & (difference <= _MAX_ABS_LOG_RATIO)
-    log_ratio = tl.where(difference < -_MAX_ABS_LOG_RATIO, -_MAX_ABS_LOG_RATIO, difference)
-    log_ratio = tl.where(log_ratio > _MAX_ABS_LOG_RATIO, _MAX_ABS_LOG_RATIO, log_ratio)
+    log_ratio, is_inside = clipped_log_ratio(logprob, denominator, counts)
     return logprob, denominator, advantage, log_ratio, counts, is_inside
 
 
 @triton.jit
-def _one_where(condition):
+def one_where(condition):
     return tl.where(condition, 1.0, 0.0)
 
 
@@ -86,24 +92,24 @@ def token_policy_loss(
     loss_weight = tl.load(loss_weights + at, mask=counts, other=0.0)
     ratio = tl.exp(x)
     zero = tl.zeros([BLOCK], tl.float32)
-    first, second, third, fourth, fifth = ratio, _approx_kl(x, ratio), zero, zero, zero
+    first, second, third, fourth, fifth = ratio, beyond_linear(x, ratio), zero, zero, zero
 
     if LOSS == "ppo_clip" or LOSS == "dual_clip" or LOSS == "clip_cov":
         loss, is_low, is_high = _clipped(ratio, advantage, 1.0 - option_0, 1.0 + option_1)
         slope = tl.where(is_inside & (is_low == 0) & (is_high == 0), loss, 0.0)
-        third, fourth = _one_where(is_low), _one_where(is_high)
+        third, fourth = one_where(is_low), one_where(is_high)
         if LOSS == "dual_clip":
             bound = -option_2 * advantage
             is_capped = (advantage < 0) & (loss > bound)
-            loss, slope, fifth = tl.where(is_capped, bound, loss), tl.where(is_capped, 0.0, slope), _one_where(is_capped)
+            loss, slope, fifth = tl.where(is_capped, bound, loss), tl.where(is_capped, 0.0, slope), one_where(is_capped)
         if LOSS == "clip_cov":
             is_marked = counts & (tl.load(marked + at, mask=is_there, other=0) != 0)
-            loss, slope, fifth = tl.where(is_marked, 0.0, loss), tl.where(is_marked, 0.0, slope), _one_where(is_marked)
+            loss, slope, fifth = tl.where(is_marked, 0.0, loss), tl.where(is_marked, 0.0, slope), one_where(is_marked)
     elif LOSS == "cispo":
         low, high = 1.0 - option_0, 1.0 + option_1
         is_low, is_high = ratio < low, ratio > high
         slope = -tl.where(is_low, low, tl.where(is_high, high, ratio)) * advantage
-        loss, third, fourth = slope * logprob, _one_where(is_low), _one_where(is_high)
+        loss, third, fourth = slope * logprob, one_where(is_low), one_where(is_high)
     elif LOSS == "sapo":
         tau = tl.where(advantage > 0, option_0, option_1)
         negated = tau * (1.0 - ratio)
@@ -123,11 +129,11 @@ def token_policy_loss(
         is_over = ratio > option_2
         slope = tl.where(is_low | is_high, 0.0, -tl.where(is_over, option_2, ratio) * advantage)
         loss = slope * (1.0 + (logprob - logprob))  # x - x is 0, or NaN
-        third, fourth, fifth = _one_where(is_low), _one_where(is_high), _one_where(is_over)
+        third, fourth, fifth = one_where(is_low), one_where(is_high), one_where(is_over)
     elif LOSS == "kl_cov":
         is_marked = counts & (tl.load(marked + at, mask=is_there, other=0) != 0)
-        third, fourth = _one_where(is_marked), tl.where(is_marked, tl.abs(x), 0.0)
-        sign = _one_where(x > 0) - _one_where(x < 0)
+        third, fourth = one_where(is_marked), tl.where(is_marked, tl.abs(x), 0.0)
+        sign = one_where(x > 0) - one_where(x < 0)
         loss = option_0 * fourth - ratio * advantage
         slope = tl.where(is_inside, tl.where(is_marked, option_0 * sign, 0.0) - ratio * advantage, 0.0)
     elif LOSS == "reinforce":
@@ -137,7 +143,7 @@ def token_policy_loss(
         slope = tl.where(is_inside, loss, 0.0)
     else:
         tl.static_assert(LOSS == "cross_entropy", "no such loss")
-        loss, slope = -logprob, -_one_where(counts)
+        loss, slope = -logprob, -one_where(counts)
 
     tl.store(gradient + at, slope * loss_weight, mask=is_there)
     own = sums + program * NUM_SUMS
@@ -193,12 +199,12 @@ def sequence_policy_loss(
         ratio = tl.exp(x)
         part, _, is_low, is_high = _part(x, advantage, is_inside, option_0, option_1, LOSS)
         total += part
-        count += _one_where(counts)
-        kls += _approx_kl(x, ratio) * weight
+        count += one_where(counts)
+        kls += beyond_linear(x, ratio) * weight
         if LOSS == "gmpo":
             ratios += ratio * weight
-            lows += _one_where(is_low) * weight
-            highs += _one_where(is_high) * weight
+            lows += one_where(is_low) * weight
+            highs += one_where(is_high) * weight
     num_counting = tl.maximum(tl.sum(count, 0), 1.0)
     scale = tl.exp(tl.sum(total, 0) / num_counting) + zero
 
@@ -215,8 +221,8 @@ def sequence_policy_loss(
         else:
             loss, is_low, is_high = _clipped(scale, advantage, 1.0 - option_0, 1.0 + option_1)
             slope = tl.where(is_low | is_high, 0.0, loss)
-            lows += _one_where(is_low) * weight
-            highs += _one_where(is_high) * weight
+            lows += one_where(is_low) * weight
+            highs += one_where(is_high) * weight
         losses += loss * loss_weight
         slopes += slope * loss_weight
         scales += scale * weight
