@@ -152,11 +152,13 @@ struct DppoKl {
   Vec low, high, cap, safe;
   VECTOR_MEMBER DppoKl(const double* options)
       : low(splat(options[0])), high(splat(options[1])), cap(splat(options[2])),
-        safe(splat(0.99 * (options[0] < options[1] ? options[0] : options[1]))) {}
+        safe(splat(1.98 * (options[0] < options[1] ? options[0] : options[1]))) {}
   VECTOR_MEMBER TokenResult operator()(const Lanes& t) const {
     const Vec p = probability(t.logprobs), q = probability(t.denominators), moved = p - q;
-    // KL is at most the chi-square distance (p - q)^2 / (p (1 - p)): most tokens move so little that no logarithm is needed.
-    if (!any(t.counts & (moved * moved > safe * p * (1.0f - p)))) return masked_surrogate(t, IntVec{}, IntVec{}, cap);
+    // KL is the integral of (x - q) / (x (1 - x)) from q to p, so at most (p - q)^2 / 2 over the lesser x (1 - x) of both ends: most tokens
+    // move so little that no logarithm is needed.
+    const Vec p_spread = p * (1.0f - p), q_spread = q * (1.0f - q);
+    if (!any(t.counts & (moved * moved > safe * at_most(p_spread, q_spread)))) return masked_surrogate(t, IntVec{}, IntVec{}, cap);
     const Vec others = (1.0f - q) * log_positive((1.0f - q + 1e-8f) / (1.0f - p + 1e-8f));
     const Vec kl = others - q * t.log_ratio;
     return masked_surrogate(t, (kl > low) & (p < q), (kl > high) & (p > q), cap);
