@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from helpers.lm_head import assert_as_good_as_eager, eager, make_case, oracle, run_with_grads
+from helpers.loss_terms_cases import KINDS, assert_terms_as_good_as_torch, terms_case
+from helpers.policy_loss_cases import assert_as_good_as_torch, random_case
 from skyrl_mega_kernels.backends import backends_that_ran
 from skyrl_mega_kernels.linear_logprobs import linear_logprobs
 from skyrl_mega_kernels.linear_policy_loss import linear_policy_loss
 from skyrl_mega_kernels.logits_logprobs import logits_logprobs
 from skyrl_mega_kernels.logits_logprobs.ops import OPERATOR as LOGITS
+from skyrl_mega_kernels.policy_loss import LOSSES
 from skyrl_mega_kernels.segmented_gae import segmented_gae
 from skyrl_mega_kernels.segmented_gae.ops import OPERATOR as GAE
 from skyrl_mega_kernels.topk_logprobs import topk_logprobs, truncation_floor
@@ -99,3 +102,13 @@ def test_segmented_gae_matches_the_reference_in_float64(backend, lengths):
     )
     for mine, true in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine.cpu().double(), true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_policy_losses_match_float64(name):
+    assert_as_good_as_torch(name, random_case([5000, 0, 311, 1], device="cuda"), "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_loss_terms_match_float64(kind):
+    assert_terms_as_good_as_torch(kind, terms_case([5000, 0, 311, 1], device="cuda"), "triton")
