@@ -48,7 +48,7 @@ TOKENS, LENGTH = 2**20, 1024
 #: Inputs that take turns, so that no cache holds them.
 SETS = 4
 BYTES = 21
-#: Repetitions in a turn: one takes a millisecond or two, and the first after a wait pays for cold caches. Eager ones: 20 to 70 ms.
+#: Repetitions in a turn: one takes a millisecond or two, and the first after a wait pays for cold caches. Eager: 20 to 70 ms.
 CALLS, EAGER_CALLS = 20, 2
 #: At most so many times a copy of as many bytes.
 GOAL = 2.0
