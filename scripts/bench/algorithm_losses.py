@@ -17,7 +17,7 @@ reference's logprob and the entropy, and writes the entropy's gradient, 37 bytes
   tokens in a row have moved little.
 
 A repetition is one forward and backward. Variant and copy run by turns, each in a process of its own, since a copy's speed drifts
-with whoever else uses the memory (0.65 to 1.2 ms within an hour); what counts is the median ratio of a round.
+with whoever else uses the memory (0.65 to 1.2 ms within a day); what counts is the median ratio of a round.
 
     python scripts/bench/algorithm_losses.py --json docs/benchmarks/algorithm_losses.json
 """
